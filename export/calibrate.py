@@ -1,0 +1,57 @@
+"""Temperature scaling and calibration error (Guo et al. 2017, arXiv 1706.04599)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+
+from family.manifest import Metrics
+
+Logits = NDArray[np.floating]
+Labels = NDArray[np.integer]
+
+_BINS = 15
+_LOG_TEMPERATURE_RANGE = (-3.0, 3.0)
+
+
+def fit_temperature(logits: Logits, labels: Labels) -> float:
+    """The temperature T that minimises the cross-entropy of `softmax(logits / T)`, within e**-3 .. e**3.
+
+    `logits` is `(rows, classes)`, `labels` `(rows,)`.
+    """
+
+    def loss(log_temperature: float) -> float:
+        return cross_entropy(logits / np.exp(log_temperature), labels)
+
+    found = minimize_scalar(loss, bounds=_LOG_TEMPERATURE_RANGE, method="bounded")
+    return float(np.exp(found.x))
+
+
+def cross_entropy(logits: Logits, labels: Labels) -> float:
+    """Mean negative log-likelihood in nats a row."""
+    rows = np.arange(len(labels))
+    return float(-log_softmax(logits.astype(np.float64), axis=1)[rows, labels].mean())
+
+
+def calibration_error(confidence: NDArray[np.floating], correct: NDArray[np.bool_]) -> float:
+    """Expected calibration error over equal-width bins: |accuracy - confidence| of each, weighted by its rows.
+
+    Both arrays are `(rows,)`.
+    """
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=_BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def measure(logits: Logits, labels: Labels, reference_logits: Logits, temperature: float) -> Metrics:
+    """A path's metrics on one split, its probabilities scaled by `temperature`."""
+    answers = logits.argmax(axis=1)
+    probabilities = np.exp(log_softmax(logits.astype(np.float64) / temperature, axis=1))
+    return Metrics(
+        accuracy=float((answers == labels).mean()),
+        loss=cross_entropy(logits / temperature, labels),
+        agreement=float((answers == reference_logits.argmax(axis=1)).mean()),
+        calibration_error=calibration_error(probabilities.max(axis=1), answers == labels),
+    )

@@ -1,0 +1,103 @@
+"""`hbll export` and `hbll verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from export.bundle import Exported, choose_paths, export_bundle, steps_of_export
+from export.verify import TOLERANCE, verify_bundle
+from family.manifest import BundleError, check_files, load_manifest
+from family.tree import InvalidPath, format_path
+from training.checkpoint import CheckpointError, load_family
+from training.data import load_digits
+from training.trainer import trained_paths
+
+console = Console()
+
+
+def _bar() -> Progress:
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    return Progress(*columns, console=console)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("bundle", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--paths",
+    default="default",
+    help="ladder | pareto | all | a list like 4,4-6-7.  [default: all up to 32 paths, else Pareto front and ladder]",
+)
+@click.option("--replace", is_flag=True, help="Replace BUNDLE if it exists.")
+def export(run: Path, bundle: Path, paths: str, replace: bool) -> None:
+    """Write the family trained in RUN as the folder BUNDLE.
+
+    BUNDLE gets one ONNX graph per path, the gated graph that serves all of them, one file of weights and a manifest.
+    In a model repository it is MODEL/VERSION, for example models/digits/1. The folder appears only when every graph
+    has been checked and compared with torch.
+
+    \b
+    Examples:
+      hbll export runs/digits models/digits/1
+      hbll export runs/digits models/digits/2 --paths ladder
+    """
+    try:
+        config, family, progress = load_family(run)
+        data = load_digits(config.data.shift)
+        tree = family.tree
+        trained = trained_paths(config, tree, tuple(tree.paths()))
+        most = len(choose_paths(tree, dict.fromkeys(trained, 0.0), paths))
+        with _bar() as bar:
+            task = bar.add_task("exporting", total=steps_of_export(family, most))
+
+            def advance(step: str) -> None:
+                bar.update(task, advance=1, description=step)
+
+            exported = export_bundle(config, family, progress, data, bundle, paths=paths, replace=replace, advance=advance)
+            bar.update(task, total=bar.tasks[0].completed, description="done")
+    except (BundleError, CheckpointError, InvalidPath, OSError) as exc:
+        raise click.ClickException(str(exc)) from exc
+    _summary(exported, bundle)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False), help="The run's folder.")
+def verify(bundle: Path, checkpoint: Path | None) -> None:
+    """Check that BUNDLE is whole and that all forms of every path give the same logits.
+
+    Files are compared with the manifest's digests, graphs are checked by onnx, and each path's own graph is compared
+    with the gated graph (whole, and stopped and continued) at batch 1, 3 and 16; with --checkpoint also with torch.
+    Exits with status 1 if anything differs.
+    """
+    try:
+        manifest = load_manifest(bundle)
+        check_files(bundle, manifest)
+        family = load_family(checkpoint)[1] if checkpoint else None
+        with _bar() as bar:
+            task = bar.add_task("verifying", total=len(manifest.paths))
+            differences = verify_bundle(
+                bundle, manifest, family, lambda path: bar.update(task, advance=1, description=format_path(path))
+            )
+    except (BundleError, CheckpointError) as exc:
+        raise click.ClickException(str(exc)) from exc
+    table = Table(title=f"{bundle}: greatest difference of logits, at most {TOLERANCE:g} accepted")
+    for column in ("path", "gated graph", "continued run", "torch"):
+        table.add_column(column, justify="left" if column == "path" else "right")
+    for row in differences:
+        in_torch = "not compared" if row.torch is None else f"{row.torch:.1e}"
+        table.add_row(format_path(row.path), f"{row.gated:.1e}", f"{row.continued:.1e}", in_torch)
+    console.print(table)
+    console.print(f"{bundle} is whole: {len(manifest.files)} files, {len(differences)} paths agree in all forms")
+
+
+def _summary(exported: Exported, bundle: Path) -> None:
+    manifest = exported.manifest
+    worst = max(max(row.gated, row.continued, row.torch or 0.0) for row in exported.differences)
+    reference = format_path(manifest.reference)
+    console.print(f"wrote {bundle}: {len(manifest.paths)} paths, reference path {reference}, all forms within {worst:.1e}")

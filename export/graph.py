@@ -1,0 +1,251 @@
+"""ONNX graphs of a family: each part is exported once, then stitched into the path graphs and the gated graph.
+
+Both forms name the same weights, which lie once, outside of the graphs, in one file of ONNX external data.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from family.manifest import WEIGHTS_FILE
+from family.tree import Path
+from training.blocks import StackedBlocks
+from training.model import Family
+
+OPSET = 20
+ALIGNMENT = 4096
+"""Of every tensor in the weights file: a page, so that a runtime can map it."""
+
+_INLINE_BELOW_BYTES = 1024
+"""Smaller tensors (shapes, scalars) stay inside the graphs, where runtimes fold them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One exported module: nodes that turn the value `input` into the value `output`; all names are the part's own."""
+
+    nodes: tuple[NodeProto, ...]
+    input: str
+    output: str
+    initializers: dict[str, NDArray[np.generic]]
+
+    def connect(self, source: str, target: str) -> list[NodeProto]:
+        """The nodes, reading the value `source` and writing the value `target`."""
+        names = {self.input: source, self.output: target}
+        connected = []
+        for node in self.nodes:
+            copy = NodeProto()
+            copy.CopyFrom(node)
+            copy.input[:] = [names.get(name, name) for name in node.input]
+            copy.output[:] = [names.get(name, name) for name in node.output]
+            connected.append(copy)
+        return connected
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A family in pieces, with the shapes of its values without the batch axis."""
+
+    embed: Part
+    blocks: dict[int, Part]
+    head: Part
+    input_shape: tuple[int, ...]
+    state_shape: tuple[int, ...]
+    classes: int
+
+    @property
+    def initializers(self) -> dict[str, NDArray[np.generic]]:
+        """All tensors of all parts by name."""
+        parts = (self.embed, *self.blocks.values(), self.head)
+        return {name: tensor for part in parts for name, tensor in part.initializers.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where each external tensor lies in the weights file, in bytes."""
+
+    offsets: dict[str, int]
+    size: int
+
+
+def place(initializers: dict[str, NDArray[np.generic]]) -> Placement:
+    """Lay the large tensors out in one file, each at an aligned offset."""
+    offsets, end = {}, 0
+    for name, tensor in initializers.items():
+        if tensor.nbytes >= _INLINE_BELOW_BYTES:
+            offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
+            end = offsets[name] + tensor.nbytes
+    return Placement(offsets, end)
+
+
+def export_parts(family: Family, example: Tensor, advance: Callable[[str], None]) -> Parts:
+    """Run torch's exporter once for the embedding, each block and the head, with a free batch axis.
+
+    `example` is an input of at least two rows. `advance` is told the name of each part when it is done.
+    """
+    family = family.eval()
+    with torch.no_grad():
+        state = family.embed(example)
+        logits = family.head(state)
+    embed = _export(family.embed, example, "embed")
+    advance("embed")
+    blocks = {}
+    for node in family.tree.nodes:
+        blocks[node] = _export(_Block(family.blocks, node), state, f"block{node}")
+        advance(f"block {node}")
+    head = _export(family.head, state, "head")
+    advance("head")
+    return Parts(embed, blocks, head, tuple(example.shape[1:]), tuple(state.shape[1:]), logits.shape[1])
+
+
+def path_graph(parts: Parts, path: Path, placement: Placement) -> ModelProto:
+    """`x (batch, *input_shape)` -> `logits (batch, classes)` through the blocks of `path`."""
+    chain = [parts.embed, *(parts.blocks[node] for node in path), parts.head]
+    values = ["x", *(f"state{index}" for index in range(len(path) + 1)), "logits"]
+    nodes = [node for part, a, b in zip(chain, values, values[1:], strict=False) for node in part.connect(a, b)]
+    inputs = [_value("x", ("batch", *parts.input_shape))]
+    outputs = [_value("logits", ("batch", parts.classes))]
+    used = {name for node in nodes for name in node.input}
+    tensors = {name: tensor for name, tensor in parts.initializers.items() if name in used}
+    return _model(helper.make_graph(nodes, "path", inputs, outputs, _tensors(tensors, placement)))
+
+
+def gated_graph(parts: Parts, placement: Placement) -> ModelProto:
+    """Every path in one graph.
+
+    Inputs: `x (rows, *input_shape)`; `state (rows, *state_shape)`; `visit (N-1,) bool`, whose element `n-1` runs
+    node n; scalars `embed` (start from `x`, else from `state`) and `predict` (else `logits` has no rows). What is
+    not read may have no rows. Outputs: `logits`, and `state` after the last visited node, from which a later run
+    can go on. Each block is the then-branch of an `If`; weights are read from the outer graph, so there is one copy.
+    """
+    nodes = [
+        helper.make_node("If", ["embed"], ["state0"], "gate_embed",
+                         then_branch=_branch(parts.embed.connect("x", "embedded"), "embedded"),
+                         else_branch=_pass_through("state")),
+    ]  # fmt: skip
+    constants: dict[str, NDArray[np.generic]] = {"no_logits": np.zeros((0, parts.classes), np.float32)}
+    for node, block in parts.blocks.items():
+        before, after = f"state{node - 1}", f"state{node}" if node < len(parts.blocks) else "state_out"
+        constants[f"index{node}"] = np.array(node - 1, np.int64)
+        ran = f"ran{node}"
+        nodes += [
+            helper.make_node("Gather", ["visit", f"index{node}"], [f"visit{node}"], axis=0),
+            helper.make_node("If", [f"visit{node}"], [after], f"gate_block{node}",
+                             then_branch=_branch(block.connect(before, ran), ran), else_branch=_pass_through(before)),
+        ]  # fmt: skip
+    nodes.append(
+        helper.make_node("If", ["predict"], ["logits"], "gate_head",
+                         then_branch=_branch(parts.head.connect("state_out", "predicted"), "predicted"),
+                         else_branch=_pass_through("no_logits")),
+    )  # fmt: skip
+    inputs = [
+        _value("x", ("x_rows", *parts.input_shape)),
+        _value("state", ("state_rows", *parts.state_shape)),
+        _value("visit", (len(parts.blocks),), TensorProto.BOOL),
+        _value("embed", (), TensorProto.BOOL),
+        _value("predict", (), TensorProto.BOOL),
+    ]
+    outputs = [_value("logits", ("logits_rows", parts.classes)), _value("state_out", ("rows", *parts.state_shape))]
+    tensors = _tensors({**parts.initializers, **constants}, placement)
+    return _model(helper.make_graph(nodes, "family", inputs, outputs, tensors))
+
+
+class _Block(nn.Module):
+    """One block of a stack as a module of its own."""
+
+    def __init__(self, blocks: StackedBlocks, node: int) -> None:
+        super().__init__()
+        self._run = blocks.run
+        with torch.no_grad():
+            for name, weight in blocks.of(node).items():
+                self.register_buffer(name, weight.clone())
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self._run(dict(self.named_buffers()), state)
+
+
+def _export(module: nn.Module, example: Tensor, name: str) -> Part:
+    batch = torch.export.Dim("batch")
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            module.eval(),
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: batch},),
+            opset_version=OPSET,
+            input_names=["in"],
+            output_names=["out"],
+            verbose=False,
+        )
+    assert program is not None
+    model = onnx.compose.add_prefix(program.model_proto, f"{name}/")
+    if model.functions:
+        raise ValueError(f"{name}: the exporter left functions in the graph, which cannot be stitched")
+    graph = model.graph
+    for node in graph.node:  # source locations of this machine, ten times the size of what they describe
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    return Part(tuple(graph.node), graph.input[0].name, graph.output[0].name, tensors)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence the exporter's notes about packages that it could use but does not need."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _branch(nodes: list[NodeProto], output: str) -> GraphProto:
+    return helper.make_graph(nodes, f"{output}_branch", [], [_value(output, None)])
+
+
+def _pass_through(value: str) -> GraphProto:
+    kept = f"{value}_kept"
+    return _branch([helper.make_node("Identity", [value], [kept])], kept)
+
+
+def _value(name: str, shape: tuple[int | str, ...] | None, kind: int = TensorProto.FLOAT) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _tensors(tensors: dict[str, NDArray[np.generic]], placement: Placement) -> list[TensorProto]:
+    return [
+        _external(name, tensor, placement.offsets[name])
+        if name in placement.offsets
+        else numpy_helper.from_array(np.asarray(tensor), name)
+        for name, tensor in tensors.items()
+    ]
+
+
+def _external(name: str, tensor: NDArray[np.generic], offset: int) -> TensorProto:
+    proto = TensorProto(name=name, dims=tensor.shape, data_type=helper.np_dtype_to_tensor_dtype(tensor.dtype))
+    proto.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", WEIGHTS_FILE), ("offset", str(offset)), ("length", str(tensor.nbytes))):
+        proto.external_data.add(key=key, value=value)
+    return proto
+
+
+def _model(graph: GraphProto) -> ModelProto:
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="hbll-anytime", ir_version=10
+    )

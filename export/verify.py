@@ -1,0 +1,111 @@
+"""Verification: every path as its own graph, through the gated graph, in parts, and in torch gives the same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from family.manifest import GATED_FILE, BundleError, Manifest, file_name
+from family.tree import Path, format_path
+from training.evaluate import path_logits
+from training.model import Family
+
+TOLERANCE = 1e-4
+"""Greatest accepted absolute difference of two logits, float32."""
+
+BATCHES = (1, 3, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Greatest absolute differences of a path's logits: its own graph against the gated graph, against the gated
+    graph stopped and continued in its middle, and against torch (none without a checkpoint)."""
+
+    path: Path
+    gated: float
+    continued: float
+    torch: float | None
+
+
+def verify_bundle(
+    bundle: FilePath, manifest: Manifest, family: Family | None, advance: Callable[[Path], None]
+) -> list[Difference]:
+    """Check all graphs of `bundle` with onnx and compare every offered path in all its forms at several batch sizes.
+
+    Raises:
+        BundleError: a graph is not valid ONNX, or two forms differ by more than `TOLERANCE`.
+    """
+    for name in (GATED_FILE, *(file_name(path) for path in manifest.offered)):
+        try:
+            onnx.checker.check_model(str(bundle / name), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
+            raise BundleError(f"{bundle / name} is not a valid ONNX graph: {exc}") from exc
+    gated = _session(bundle / GATED_FILE)
+    rng = np.random.default_rng(0)
+    inputs = [rng.random((rows, *manifest.input.shape[1:]), dtype=np.float32) for rows in BATCHES]
+    expected = [path_logits(family, torch.from_numpy(x), manifest.offered) for x in inputs] if family else None
+    differences = []
+    for path in manifest.offered:
+        own = _session(bundle / file_name(path))
+        gated_error = continued_error = torch_error = 0.0
+        for index, x in enumerate(inputs):
+            (logits,) = own.run(["logits"], {"x": x})
+            whole, _ = _run_gated(gated, manifest, path, x)
+            half = len(path) // 2
+            _, state = _run_gated(gated, manifest, path[:half], x, predict=False)
+            continued, _ = _run_gated(gated, manifest, path[half:], state, embed=False)
+            gated_error = max(gated_error, _largest(logits, whole))
+            continued_error = max(continued_error, _largest(logits, continued))
+            if expected is not None:
+                torch_error = max(torch_error, _largest(logits, expected[index][path].numpy()))
+        difference = Difference(path, gated_error, continued_error, torch_error if expected is not None else None)
+        for form, error in (("gated graph", gated_error), ("continued run", continued_error), ("torch model", torch_error)):
+            if not error <= TOLERANCE:  # NaN too
+                raise BundleError(
+                    f"{bundle / file_name(path)}: path {format_path(path)} and the {form} differ by {error:.2g}, "
+                    f"expected at most {TOLERANCE:g}"
+                )
+        differences.append(difference)
+        advance(path)
+    return differences
+
+
+def _session(file: FilePath) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _run_gated(
+    session: ort.InferenceSession,
+    manifest: Manifest,
+    nodes: Path,
+    source: NDArray[np.float32],
+    *,
+    embed: bool = True,
+    predict: bool = True,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    empty_x = np.zeros((0, *manifest.input.shape[1:]), np.float32)
+    empty_state = np.zeros((0, *manifest.state.shape[1:]), np.float32)
+    visit = np.zeros(len(manifest.tree.nodes), np.bool_)
+    visit[[node - 1 for node in nodes]] = True
+    feeds = {
+        "x": source if embed else empty_x,
+        "state": empty_state if embed else source,
+        "visit": visit,
+        "embed": np.array(embed),
+        "predict": np.array(predict),
+    }
+    logits, state = session.run(["logits", "state_out"], feeds)
+    return logits, state
+
+
+def _largest(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float(np.abs(a - b).max()) if a.shape == b.shape else float("inf")

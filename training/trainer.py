@@ -1,0 +1,203 @@
+"""The one training loop: batches, schedule, objective, validation, checkpoints, logs.
+
+Work is counted in block evaluations, so that methods which cost different amounts a step are given equal budgets.
+All randomness of a step comes from (seed, step) alone: a resumed run needs no stored generator and repeats an
+uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from family import tree as algebra
+from training.checkpoint import (
+    CHECKPOINT_FILE,
+    Progress,
+    load_checkpoint,
+    load_run_config,
+    save_checkpoint,
+    save_config,
+    write_atomically,
+)
+from training.config import ConfigError, RunConfig, TrainConfig
+from training.data import Digits, shift_images
+from training.evaluate import PathScore, score_paths, watched_paths
+from training.model import Family, build_family
+from training.objective import Step, chain_step, hbll_step, path_step, sample_chain
+
+LOG_FILE = "log.csv"
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became NaN or infinite; the last checkpoint is intact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the loop tells its caller after a step; `scores` only where the paths were validated."""
+
+    step: int
+    share: float  # of the budget spent, 0..1
+    loss: float
+    scores: dict[algebra.Path, PathScore] | None
+
+
+@dataclass(slots=True)
+class History:
+    """The validation log of a run: one row per validation, kept as CSV."""
+
+    file: Path
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, file: Path, up_to_step: int) -> History:
+        """Load the rows of a run that is resumed at `up_to_step`; later ones belong to lost work."""
+        if not file.exists():
+            return cls(file)
+        with file.open(newline="", encoding="utf-8") as opened:
+            return cls(file, [row for row in csv.DictReader(opened) if int(row["step"]) <= up_to_step])
+
+    def append(self, row: dict[str, str]) -> None:
+        """Add a row and rewrite the file atomically."""
+        self.rows.append(row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(row))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.file, text.getvalue().encode())
+
+
+def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report], None], *, resume: bool = False) -> Family:
+    """Train a family into the folder `run` and return it.
+
+    The folder gets `config.json`, `checkpoint.safetensors`, `log.csv` and TensorBoard events. With `resume` a run
+    that was killed goes on from its last checkpoint (or starts, where it has none).
+
+    Raises:
+        ConfigError: `run` holds another run, or resuming would change its configuration.
+        CheckpointError: the checkpoint to resume from is damaged.
+        TrainingDiverged: the loss is not finite.
+    """
+    settings = config.train
+    _claim(run, config, resume)
+    family = build_family(config.model, settings.seed)
+    optimizer = torch.optim.AdamW(family.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    progress = load_checkpoint(run, family, optimizer) if (run / CHECKPOINT_FILE).exists() else Progress()
+    history = History.read(run / LOG_FILE, progress.steps)
+    paths = trained_paths(config, family.tree, watched_paths(family.tree))
+    budget = round(settings.budget * len(data.train))
+    batches = _Batches(settings, data, config.data.shift)
+    generator = torch.Generator()
+
+    with SummaryWriter(str(run / "tensorboard"), purge_step=progress.steps) as board:
+        while progress.evaluations < budget:
+            share = progress.evaluations / budget
+            rng = np.random.default_rng([settings.seed, progress.steps, 1])
+            generator.manual_seed(int(rng.integers(2**63)))
+            x, y = batches.at(progress.steps, rng)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, progress.steps, share)
+            optimizer.zero_grad(set_to_none=False)
+            step = take_step(settings, family, x, y, share, rng, generator)
+            loss = step.loss.item()
+            if not math.isfinite(loss):
+                raise TrainingDiverged(
+                    f"the loss is {loss} at step {progress.steps}; the last checkpoint is intact. Try a lower train.lr"
+                )
+            optimizer.step()
+            progress = Progress(progress.steps + 1, progress.evaluations + step.evaluations)
+
+            scores = None
+            done = progress.evaluations / budget
+            if int(done * settings.evaluations) > int(share * settings.evaluations) or done >= 1:
+                family.eval()
+                scores = score_paths(family, data.validation, paths)
+                family.train()
+                history.append(_log_row(progress.steps, done, optimizer.param_groups[0]["lr"], loss, scores))
+                for path, result in scores.items():
+                    board.add_scalar(f"validation_accuracy/{algebra.format_path(path)}", result.accuracy, progress.steps)
+                save_checkpoint(run, family, optimizer, progress)
+            board.add_scalar("train/loss", loss, progress.steps)
+            on_step(Report(progress.steps, min(1.0, done), loss, scores))
+    return family.eval()
+
+
+def learning_rate(settings: TrainConfig, step: int, share: float) -> float:
+    """Linear warm-up over steps, times a cosine to zero over the share of the budget spent."""
+    warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    return settings.lr * warmup * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def take_step(
+    settings: TrainConfig,
+    family: Family,
+    x: Tensor,
+    y: Tensor,
+    share: float,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+) -> Step:
+    """One step of the configured method at `share` (0..1) of its budget."""
+    method = settings.method
+    if method == "bp":
+        return path_step(family, bp_path(family.tree, settings.blocks or 0), x, y)
+    if method == "hbll" or (method == "hbll+chains" and share < settings.hbll_share):
+        return hbll_step(family, x, y, nudge=settings.nudge, noise=settings.noise, generator=generator)
+    return chain_step(family, sample_chain(family.tree, rng), x, y)
+
+
+def bp_path(tree: algebra.Tree, blocks: int) -> algebra.Path:
+    """The blocks that the separate network of `blocks` blocks is made of: a ladder's rung where there is one."""
+    return tree.ladder[blocks - 1] if blocks <= tree.hierarchy_depth else tree.path_at(blocks, 0)
+
+
+def trained_paths(config: RunConfig, tree: algebra.Tree, paths: tuple[algebra.Path, ...]) -> tuple[algebra.Path, ...]:
+    """Those of `paths` that the run trains: all, but for the one network of method bp."""
+    return (bp_path(tree, config.train.blocks),) if config.train.blocks else paths
+
+
+class _Batches:
+    """The batch of any step: epochs are permutations drawn from (seed, epoch), shifts are drawn per step."""
+
+    def __init__(self, settings: TrainConfig, data: Digits, shift: int) -> None:
+        if settings.batch > len(data.train):
+            raise ConfigError(f"train.batch must be at most the {len(data.train)} training images, got {settings.batch}")
+        self._seed, self._size, self._shift = settings.seed, settings.batch, shift
+        self._train = data.train
+        self._steps = len(data.train) // settings.batch
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def at(self, step: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        epoch, index = divmod(step, self._steps)
+        if epoch != self._epoch:
+            order = np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._train))
+            self._epoch, self._order = epoch, torch.from_numpy(order)
+        rows = self._order[index * self._size : (index + 1) * self._size]
+        return shift_images(self._train.images[rows], self._shift, rng), self._train.labels[rows]
+
+
+def _claim(run: Path, config: RunConfig, resume: bool) -> None:
+    """Make the run's folder ours: a new one, or with `resume` the one that the same configuration started."""
+    run.mkdir(parents=True, exist_ok=True)
+    if (run / CHECKPOINT_FILE).exists() or ((run / "config.json").exists() and resume):
+        if not resume:
+            raise ConfigError(f"{run} already holds a run: add --resume to go on with it, or choose another --out")
+        before = load_run_config(run)
+        if before != config:
+            raise ConfigError(f"{run} was started with another configuration; resume it without changing any setting")
+    save_config(run, config)
+
+
+def _log_row(step: int, share: float, lr: float, loss: float, scores: dict[algebra.Path, PathScore]) -> dict[str, str]:
+    row = {"step": str(step), "share": f"{share:.4f}", "lr": f"{lr:.3g}", "loss": f"{loss:.4f}"}
+    return row | {algebra.format_path(path): f"{result.accuracy:.4f}" for path, result in scores.items()}
