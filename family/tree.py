@@ -131,11 +131,13 @@ class Tree:
         """All paths, in lexicographic order of their nodes. There are `count_paths()` of them."""
 
         def extend(prefix: Path, node: int) -> Iterator[Path]:
-            for end in self.hops_from(node):
-                if end == self.n:
-                    yield prefix
-                else:
-                    yield from extend((*prefix, end), end)
+            *inner, last = self.hops_from(node)
+            if last == self.n:
+                yield prefix
+            else:
+                inner.append(last)
+            for end in inner:
+                yield from extend((*prefix, end), end)
 
         yield from extend((), 0)
 

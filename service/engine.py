@@ -109,7 +109,7 @@ class Engine:
         """Warm `models` up in the inference thread, then take requests."""
         loop = asyncio.get_running_loop()
         for model in models:
-            await loop.run_in_executor(self._thread, model.warm_up, self.max_batch)
+            await loop.run_in_executor(self._thread, model.warm_up, self.max_batch, self.clock)
         self._loop_task = asyncio.create_task(self._run_forever(), name="engine")
         self._warm = True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -46,7 +45,7 @@ def measure_profile(
     run: Callable[[Segment, int], object],
     segments: Iterable[Segment],
     max_batch: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float],
 ) -> LatencyProfile:
     """Time every segment at batch sizes 1, 4, 16, ... and `max_batch`.
 

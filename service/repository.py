@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Protocol
@@ -40,8 +40,8 @@ class ServedModel:
     climb: tuple[Path, ...]
     profile: LatencyProfile | None = None
 
-    def warm_up(self, max_batch: int) -> None:
-        """Run every segment that a request can cause, at several batch sizes, and keep how long each took."""
+    def warm_up(self, max_batch: int, clock: Callable[[], float]) -> None:
+        """Run every segment that a request can cause, at several batch sizes, and keep how long each took by `clock`."""
         rng = np.random.default_rng(0)
         x = rng.random((max_batch, *self.manifest.input.shape[1:]), dtype=np.float32)
         state = rng.standard_normal((max_batch, *self.manifest.state.shape[1:]), dtype=np.float32)
@@ -50,7 +50,7 @@ class ServedModel:
             source = x if segment.embed else state
             self.runner.run(segment.nodes, source[:rows], embed=segment.embed)
 
-        self.profile = measure_profile(run, reachable_segments(self.manifest), max_batch)
+        self.profile = measure_profile(run, reachable_segments(self.manifest), max_batch, clock)
 
     def latency_s(self, segment: Segment, rows: int) -> float:
         """Predicted seconds of a run; 0 while the model is not warm."""

@@ -145,7 +145,7 @@ async def list_models(ctx: Ctx) -> ModelList:
     return ModelList(models=[_summary(served) for served in ctx.repository.models.values()])
 
 
-@router.get("/v1/models/{model}", tags=["models"], responses=_errors(404, 500))
+@router.get("/v1/models/{model}", tags=["models"], responses=_errors(404, 422, 500))
 async def describe_model(model: str, ctx: Ctx) -> ModelDetail:
     """What a model offers: every path with its accuracy and its latency here."""
     served = ctx.repository.get(model)

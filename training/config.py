@@ -61,8 +61,8 @@ class TrainConfig(_Section):
         390, gt=0, description="block evaluations per training image (one: a block forward and backward on one row)"
     )
     seed: int = Field(0, ge=0, description="of the initialisation, the order, the shifts, the chains and the noise")
-    batch: int = Field(64, ge=1)
-    lr: float = Field(3e-3, gt=0, description="peak of AdamW's rate, after the warm-up and before the cosine to zero")
+    batch: int = Field(32, ge=1)
+    lr: float = Field(4e-3, gt=0, description="peak of AdamW's rate, after the warm-up and before the cosine to zero")
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
     nudge: float = Field(0.5, ge=0, description="c of HBLL's posterior step (eq. 31), on each example's own gradient")

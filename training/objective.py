@@ -107,6 +107,17 @@ def path_step(family: Family, path: Path, x: Tensor, y: Tensor) -> Step:
     return Step(loss.detach(), len(path) * len(y))
 
 
+def hbll_probability(tree: Tree, share: float) -> float:
+    """How often to take an HBLL step, so that these take `share` (0..1) of all block evaluations on average.
+
+    A row costs an HBLL step `2(N-1) - D` evaluations: every block once, and once more as a right parent but for the
+    D nodes whose right parent is the head. A chain costs the mean of D (the ladder) and N/2 (a uniform depth).
+    """
+    hbll = 2 * len(tree.nodes) - tree.hierarchy_depth
+    chain = (tree.hierarchy_depth + tree.n / 2) / 2
+    return share * chain / (share * chain + (1 - share) * hbll)
+
+
 def sample_chain(tree: Tree, rng: np.random.Generator) -> Path:
     """The ladder with probability 1/2, else a depth uniform in 1..N-1 and a uniform path of that depth."""
     if rng.random() < 0.5:

@@ -33,7 +33,7 @@ from training.config import ConfigError, RunConfig, TrainConfig
 from training.data import Digits, shift_images
 from training.evaluate import PathScore, score_paths, watched_paths
 from training.model import Family, build_family
-from training.objective import Step, chain_step, hbll_step, path_step, sample_chain
+from training.objective import Step, chain_step, hbll_probability, hbll_step, path_step, sample_chain
 
 LOG_FILE = "log.csv"
 
@@ -108,7 +108,7 @@ def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, progress.steps, share)
             optimizer.zero_grad(set_to_none=False)
-            step = take_step(settings, family, x, y, share, rng, generator)
+            step = take_step(settings, family, x, y, rng, generator)
             loss = step.loss.item()
             if not math.isfinite(loss):
                 raise TrainingDiverged(
@@ -139,19 +139,14 @@ def learning_rate(settings: TrainConfig, step: int, share: float) -> float:
 
 
 def take_step(
-    settings: TrainConfig,
-    family: Family,
-    x: Tensor,
-    y: Tensor,
-    share: float,
-    rng: np.random.Generator,
-    generator: torch.Generator,
+    settings: TrainConfig, family: Family, x: Tensor, y: Tensor, rng: np.random.Generator, generator: torch.Generator
 ) -> Step:
-    """One step of the configured method at `share` (0..1) of its budget."""
+    """One step of the configured method."""
     method = settings.method
     if method == "bp":
         return path_step(family, bp_path(family.tree, settings.blocks or 0), x, y)
-    if method == "hbll" or (method == "hbll+chains" and share < settings.hbll_share):
+    share = {"hbll": 1.0, "chains": 0.0}.get(method, settings.hbll_share)
+    if rng.random() < hbll_probability(family.tree, share):
         return hbll_step(family, x, y, nudge=settings.nudge, noise=settings.noise, generator=generator)
     return chain_step(family, sample_chain(family.tree, rng), x, y)
 

@@ -1,0 +1,68 @@
+# Every target makes the environment itself if need be. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+CONFIG ?= training/configs/digits.toml
+RUN    ?= runs/digits
+BUNDLE ?= models/digits/1
+MODELS ?= models
+PORT   ?= 8000
+ARGS   ?=
+
+# onnxruntime-gpu where an NVIDIA driver is present, else its CPU twin.
+RUNTIME := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
+
+.PHONY: help install demo train evaluate export verify serve test lint type format openapi figures clean
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(READY) ## make .venv with pinned dependencies
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),train,export,dev]'
+	@touch $@
+
+demo: $(READY) ## train, export, serve and ask, on real digits; ONCE=1 exits instead of serving on
+	$(BIN)/python -m benchmarks.demo --port $(PORT) $(if $(ONCE),--once)
+
+train: $(READY) ## train a family (CONFIG=..., RUN=..., ARGS=...)
+	$(BIN)/hbll train --config $(CONFIG) --out $(RUN) $(ARGS)
+
+evaluate: $(READY) ## score every path of RUN
+	$(BIN)/hbll evaluate $(RUN) $(ARGS)
+
+export: $(READY) ## write RUN as BUNDLE
+	$(BIN)/hbll export $(RUN) $(BUNDLE) $(ARGS)
+
+verify: $(READY) ## check BUNDLE against RUN
+	$(BIN)/hbll verify $(BUNDLE) --checkpoint $(RUN) $(ARGS)
+
+serve: $(READY) ## serve MODELS on PORT
+	$(BIN)/hbll serve $(MODELS) --port $(PORT) $(ARGS)
+
+test: $(READY) ## run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY) ## mypy, strict
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+openapi: $(READY) ## write openapi.yaml from the app
+	$(BIN)/python -m service.openapi openapi.yaml
+
+figures: $(READY) ## draw the pictures of the README from RUN and BUNDLE
+	$(BIN)/python -m benchmarks.figures $(RUN) $(BUNDLE)
+
+clean: ## remove the environment and caches, keep runs and models
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

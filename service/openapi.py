@@ -1,0 +1,22 @@
+"""Write the contract: `python -m service.openapi openapi.yaml`. A test keeps the file equal to the app."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+
+from service.app import create_app
+from service.repository import Repository
+from service.settings import Settings
+
+
+def contract() -> str:
+    """The app's OpenAPI document as YAML."""
+    app = create_app(Settings(), Repository({}))
+    return yaml.safe_dump(app.openapi(), sort_keys=False, allow_unicode=True, width=110)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(contract(), encoding="utf-8")

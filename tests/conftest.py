@@ -1,0 +1,99 @@
+"""What many tests share: the digits, and one small family trained for a moment on them and exported."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from export.bundle import export_bundle
+from family.manifest import Manifest, load_manifest
+from training.checkpoint import load_family
+from training.config import RunConfig, TrainConfig, VitConfig
+from training.data import Digits, load_digits
+from training.trainer import train
+
+SMALL_VIT = VitConfig(hierarchy_depth=3, patch=14, width=16, heads=2, hidden=16)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    return load_digits(shift=4)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's folder and the model repository with its bundle in `models/digits/1`."""
+
+    run: Path
+    models: Path
+
+    @property
+    def bundle(self) -> Path:
+        return self.models / "digits" / "1"
+
+    @property
+    def manifest(self) -> Manifest:
+        return load_manifest(self.bundle)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> Trained:
+    root = tmp_path_factory.mktemp("trained")
+    config = RunConfig(model=SMALL_VIT, train=TrainConfig(method="chains", budget=30, evaluations=2))
+    train(config, root / "run", digits, lambda _: None)
+    config, family, progress = load_family(root / "run")
+    export_bundle(config, family, progress, digits, root / "models" / "digits" / "1")
+    return Trained(root / "run", root / "models")
+
+
+@dataclass
+class LiveServer:
+    """A real `hbll serve` process."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    live = start_server(trained.models, tmp_path_factory.mktemp("server"))
+    yield live
+    if live.process.poll() is None:
+        live.stop()
+
+
+def start_server(models: Path, folder: Path) -> LiveServer:
+    """Start `hbll serve` on a free port and wait until it says that it is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / "server.log"
+    command = [sys.executable, "-m", "hbll", "serve", str(models), "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+    live = LiveServer(process, f"http://127.0.0.1:{port}", log)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{live.url}/health/ready").status_code == 200:
+                return live
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)  # polls another process, which has no other way to tell us
+    process.kill()
+    raise AssertionError(f"the server did not become ready:\n{log.read_text()}")

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from export.bundle import choose_paths, costs, export_bundle
+from export.graph import ALIGNMENT
+from export.verify import verify_bundle
+from family.manifest import BundleError, check_files, load_manifest
+from family.tree import InvalidPath, Tree, format_path
+from tests.conftest import Trained
+from training.checkpoint import load_family
+from training.data import Digits
+
+
+def test_the_bundle_is_whole_and_holds_every_path(trained: Trained) -> None:
+    manifest = trained.manifest
+    check_files(trained.bundle, manifest)
+    assert set(manifest.offered) == set(Tree(3).paths())
+    assert {file.name for file in trained.bundle.iterdir()} == {*manifest.files, "manifest.json"}
+    assert {file.name for file in trained.models.joinpath("digits").iterdir()} == {"1"}
+
+
+def test_every_path_agrees_in_all_forms_with_torch(trained: Trained) -> None:
+    _, family, _ = load_family(trained.run)
+    differences = verify_bundle(trained.bundle, trained.manifest, family, lambda _: None)
+    assert len(differences) == 25
+    assert all(max(d.gated, d.continued, d.torch) < 1e-5 for d in differences if d.torch is not None)
+
+
+def test_weights_lie_once_and_aligned(trained: Trained) -> None:
+    places: dict[str, tuple[int, int]] = {}
+    for file in trained.bundle.glob("*.onnx"):
+        model = onnx.load(file, load_external_data=False)
+        for tensor in model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                entries = {entry.key: entry.value for entry in tensor.external_data}
+                assert entries["location"] == "weights.bin"
+                place = int(entries["offset"]), int(entries["length"])
+                assert places.setdefault(tensor.name, place) == place
+                assert place[0] % ALIGNMENT == 0
+    spans = sorted(places.values())
+    assert all(a + length <= b for (a, length), (b, _) in pairwise(spans))
+    assert (trained.bundle / "weights.bin").stat().st_size == spans[-1][0] + spans[-1][1]
+
+
+def test_a_paths_graph_is_complete_by_itself(trained: Trained, digits: Digits) -> None:
+    """As any ONNX user would: one file, one session, a free batch axis; accuracy as the manifest says."""
+    for path in ((4,), (4, 6, 7), (1, 2, 3, 4, 5, 6, 7)):
+        entry = trained.manifest.offered[path]
+        session = ort.InferenceSession(str(trained.bundle / entry.file), providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {"x": digits.test.images.numpy()})
+        assert logits.shape == (1000, 10)
+        accuracy = float((logits.argmax(axis=1) == digits.test.labels.numpy()).mean())
+        assert accuracy == pytest.approx(entry.test.accuracy, abs=0.001)
+
+
+def test_metrics_are_measured_against_the_reference(trained: Trained) -> None:
+    manifest = trained.manifest
+    reference = manifest.offered[manifest.reference]
+    assert reference.validation.agreement == 1
+    assert reference.validation.accuracy == max(manifest.accuracies.values())
+    assert {entry.validation.agreement for entry in manifest.paths} != {1.0}
+    assert manifest.provenance.block_evaluations >= 30 * 3000
+
+
+def test_graphs_carry_no_paths_of_the_machine_that_made_them(trained: Trained) -> None:
+    for file in trained.bundle.iterdir():
+        assert str(Path.cwd()).encode() not in file.read_bytes(), file.name
+        assert b"site-packages" not in file.read_bytes(), file.name
+
+
+def test_an_existing_bundle_is_kept_unless_replaced(trained: Trained, digits: Digits, tmp_path: Path) -> None:
+    target = tmp_path / "1"
+    target.mkdir()
+    (target / "precious").write_text("x")
+    loaded = load_family(trained.run)
+    with pytest.raises(BundleError, match="add --replace"):
+        export_bundle(*loaded, digits, target)
+    export_bundle(*loaded, digits, target, paths="4", replace=True)
+    assert [format_path(path) for path in load_manifest(target).offered] == ["4"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_export_leaves_nothing(
+    trained: Trained, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that does not agree with torch never appears: here torch is another model than the one exported."""
+    config, family, progress = load_family(trained.run)
+    other = load_family(trained.run)[1]
+    with torch.no_grad():
+        other.blocks.get_parameter("up_weight").mul_(1.5)
+    real = verify_bundle
+    monkeypatch.setattr("export.bundle.verify_bundle", lambda b, m, _, advance: real(b, m, other, advance))
+    with pytest.raises(BundleError, match=r"path 4 and the torch model differ by .*, expected at most 0.0001"):
+        export_bundle(config, family, progress, digits, tmp_path / "1", paths="4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_nothing_half_written(trained: Trained, tmp_path: Path) -> None:
+    """A real process, a real SIGKILL in the middle of writing; the next export cleans up and succeeds."""
+    target = tmp_path / "models" / "digits" / "1"
+    command = [sys.executable, "-m", "hbll", "export", str(trained.run), str(target), "--paths", "ladder"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("models/digits/.1.*.tmp")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not target.exists()
+    assert list(tmp_path.glob("models/digits/.1.*.tmp"))
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert [file.name for file in target.parent.iterdir()] == ["1"]
+    check_files(target, load_manifest(target))
+
+
+def test_verify_finds_graphs_that_differ(trained: Trained, tmp_path: Path) -> None:
+    """Two paths' files exchanged, with digests to match: whole by the manifest, and wrong."""
+    bundle = tmp_path / "1"
+    shutil.copytree(trained.bundle, bundle)
+    a, b = bundle / "path_4.onnx", bundle / "path_4-6.onnx"
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+    with pytest.raises(BundleError, match=r"path 4 and the gated graph differ"):
+        verify_bundle(bundle, trained.manifest, None, lambda _: None)
+
+
+ACCURACIES = {path: 0.5 + 0.01 * len(path) for path in Tree(3).paths()}
+
+
+@pytest.mark.parametrize(
+    ("wish", "expected"),
+    [
+        ("ladder", {(4,), (4, 6), (4, 6, 7)}),
+        ("4-6-7, 4", {(4,), (4, 6, 7)}),
+        ("all", set(ACCURACIES)),
+        ("default", set(ACCURACIES)),
+    ],
+)
+def test_paths_are_chosen_by_name(wish: str, expected: set[tuple[int, ...]]) -> None:
+    assert set(choose_paths(Tree(3), ACCURACIES, wish)) == expected
+
+
+def test_larger_families_export_their_front_and_ladder() -> None:
+    tree = Tree(4)
+    accuracies = {path: 0.5 + 0.01 * min(len(path), 9) for path in tree.paths()}
+    chosen = choose_paths(tree, accuracies, "default")
+    assert set(tree.ladder) <= set(chosen)
+    assert {len(path) for path in chosen} == set(range(1, 10))
+    assert len(chosen) < 15
+
+
+def test_paths_that_do_not_exist_or_were_not_trained_are_refused() -> None:
+    with pytest.raises(InvalidPath, match="4 -> 7 is no hop"):
+        choose_paths(Tree(3), ACCURACIES, "4-7")
+    with pytest.raises(BundleError, match="did not train the path 4-6"):
+        choose_paths(Tree(3), {(4,): 0.5}, "4-6")
+
+
+def test_costs_add_up(trained: Trained) -> None:
+    _, family, _ = load_family(trained.run)
+    flops, parameters = costs(family)
+    assert parameters.of(family.tree.full) == sum(p.numel() for p in family.parameters())
+    # one block of width 16 on 4 tokens: qkv, scores, mixing, projection, up, down; a multiply-add counts two
+    assert flops.blocks[1] == 2 * (4 * 16 * 48 + 4 * 4 * 16 + 4 * 4 * 16 + 4 * 16 * 16 + 2 * 4 * 16 * 16)
+
+
+def test_manifest_is_plain_json(trained: Trained) -> None:
+    content = json.loads((trained.bundle / "manifest.json").read_text())
+    assert content["format_version"] == "1.0"
+    assert {"torch", "onnx"} <= content["provenance"]["libraries"].keys()

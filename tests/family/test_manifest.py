@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from family.manifest import (
+    MANIFEST_FILE,
+    BundleError,
+    Manifest,
+    check_files,
+    dump_manifest,
+    load_manifest,
+    sha256_of,
+)
+from family.tree import Tree
+from tests.fakes import fake_manifest, rising_accuracies
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A folder whose manifest is right and whose files are small."""
+    manifest = fake_manifest(rising_accuracies(Tree(2)), hierarchy_depth=2)
+    for name in manifest.files:
+        (tmp_path / name).write_bytes(name.encode())
+    files = {name: sha256_of(tmp_path / name) for name in manifest.files}
+    (tmp_path / MANIFEST_FILE).write_bytes(dump_manifest(manifest.model_copy(update={"files": files})))
+    return tmp_path
+
+
+def _edit(bundle: Path, **changes: object) -> None:
+    """Change the manifest and give it the digest that belongs to the change, as a careful forger would."""
+    content = json.loads((bundle / MANIFEST_FILE).read_text())
+    content.pop("sha256")
+    content |= changes
+    from family.manifest import _digest
+
+    (bundle / MANIFEST_FILE).write_text(json.dumps({**content, "sha256": _digest(content)}))
+
+
+def test_a_whole_bundle_is_accepted_and_comes_back_equal(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    check_files(bundle, manifest)
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "family.onnx", "path_2.onnx"])
+def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    with pytest.raises(BundleError, match=rf"{name} cannot be read"):
+        check_files(bundle, load_manifest(bundle))
+
+
+def test_a_truncated_file_is_named(bundle: Path) -> None:
+    (bundle / "weights.bin").write_bytes(b"w")
+    with pytest.raises(BundleError, match=r"weights.bin is truncated or changed: expected SHA-256"):
+        check_files(bundle, load_manifest(bundle))
+
+
+def test_an_edited_manifest_is_refused(bundle: Path) -> None:
+    text = (bundle / MANIFEST_FILE).read_text()
+    (bundle / MANIFEST_FILE).write_text(text.replace('"accuracy": 0.61', '"accuracy": 0.99'))
+    assert (bundle / MANIFEST_FILE).read_text() != text
+    with pytest.raises(BundleError, match="was edited or damaged"):
+        load_manifest(bundle)
+
+
+def test_a_missing_manifest_says_what_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="`hbll export` writes one"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "[" * 100_000, '{"a": NaN}'])
+def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / MANIFEST_FILE).write_text(content)
+    with pytest.raises(BundleError, match=MANIFEST_FILE):
+        load_manifest(tmp_path)
+
+
+def test_another_major_version_is_refused_and_a_minor_one_is_not(bundle: Path) -> None:
+    _edit(bundle, format_version="2.0")
+    with pytest.raises(BundleError, match=r"expected format version 1.x, got 2.0"):
+        load_manifest(bundle)
+    _edit(bundle, format_version="1.7")
+    assert load_manifest(bundle).format_version == "1.7"
+
+
+@pytest.mark.parametrize("name", ["../weights.bin", "/etc/passwd", "a/b", ".hidden", ""])
+def test_a_file_outside_the_bundle_cannot_be_named(bundle: Path, name: str) -> None:
+    files = load_manifest(bundle).files
+    _edit(bundle, files={**files, name: "0" * 64})
+    with pytest.raises(BundleError, match=r"files\."):
+        load_manifest(bundle)
+
+
+def test_paths_must_be_of_the_tree(bundle: Path) -> None:
+    content = json.loads((bundle / MANIFEST_FILE).read_text())
+    content["paths"][0]["path"] = "1-3"
+    _edit(bundle, paths=content["paths"])
+    with pytest.raises(BundleError, match="1 -> 3 is no hop"):
+        load_manifest(bundle)

@@ -1,0 +1,289 @@
+"""The engine behind a fake runner and a fake clock. No sleeps: tests hold the runner back and let it go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from service.engine import Answer, Engine
+from service.errors import DeadlineExpired, InferenceFailed, NotReady, QueueFull
+from service.metrics import Metrics
+from service.policy import Wish
+from service.profile import LatencyProfile
+from service.repository import ServedModel
+from tests.fakes import FakeClock, FakeRunner, fake_manifest, fake_model, rows
+
+
+class Bench:
+    """An engine that runs, with everything a test looks at."""
+
+    def __init__(self, accuracies: dict[tuple[int, ...], float] | None, block_s: float, **limits: int) -> None:
+        self.clock = FakeClock()
+        self.runner = FakeRunner(self.clock, block_s)
+        self.model: ServedModel = fake_model(accuracies, self.runner)
+        self.metrics = Metrics()
+        settings = {"max_batch": 8, "max_queue_rows": 32, **limits}
+        self.engine = Engine(self.metrics, reserve_s=0, clock=self.clock, **settings)
+
+    def ask(self, *confidences: float, budget_s: float | None = None, **wish: object) -> asyncio.Task[Answer]:
+        now = self.clock()
+        deadline_s = None if budget_s is None else now + budget_s
+        request = Wish(deadline_s=deadline_s, **wish)  # type: ignore[arg-type]
+        return asyncio.create_task(self.engine.submit(self.model, rows(*confidences), request, now))
+
+    async def held(self, start: Callable[[], Awaitable[object]]) -> None:
+        """Hold the runner back with one row in it, so that what `start` asks waits in the queue."""
+        self.runner.go.clear()
+        self.runner.began.clear()
+        first = self.ask(0.5, path=(4,))
+        await asyncio.to_thread(self.runner.began.wait, 30)
+        self.runner.runs.clear()
+        await start()
+        await asyncio.sleep(0)  # lets the new tasks enter the queue
+        self.runner.go.set()
+        await first
+
+
+@asynccontextmanager
+async def bench(
+    accuracies: dict[tuple[int, ...], float] | None = None, block_s: float = 0.001, **limits: int
+) -> AsyncIterator[Bench]:
+    b = Bench(accuracies, block_s, **limits)
+    await b.engine.start([b.model])
+    b.runner.runs.clear()
+    try:
+        yield b
+    finally:
+        b.runner.go.set()
+        await b.engine.stop()
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), timeout=60))  # type: ignore[arg-type]
+
+
+def test_without_a_wish_the_reference_path_runs() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            answer = await b.ask(0.1, 0.2)
+            assert [row.path for row in answer.rows] == [(1, 2, 3, 4, 5, 6, 7)] * 2
+            assert {row.stopped_by for row in answer.rows} == {"complete"}
+            assert [row.confidence for row in answer.rows] == pytest.approx([0.8, 0.9], abs=1e-5)
+            assert answer.compute_s == pytest.approx(0.007)
+
+    run(test)
+
+
+def test_a_row_climbs_until_it_is_confident_and_each_row_by_itself() -> None:
+    """Confidence is the pixel + 0.1 per block: 0.85 needs one block, 0.75 two, 0.65 three, 0.1 the last."""
+
+    async def test() -> None:
+        async with bench() as b:
+            answer = await b.ask(0.85, 0.1, 0.65, 0.75, min_confidence=0.945)
+            assert [row.path for row in answer.rows] == [(4,), (1, 2, 3, 4, 5, 6, 7), (4, 6, 7), (4, 6)]
+            assert [row.stopped_by for row in answer.rows] == ["confidence", "complete", "confidence", "confidence"]
+            assert b.runner.runs == [((4,), 4, True), ((6,), 3, False), ((7,), 2, False), ((1, 2, 3, 4, 5, 6, 7), 1, True)]
+
+    run(test)
+
+
+def test_a_climb_stops_where_the_next_rung_would_be_late() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            answer = await b.ask(0.1, min_confidence=0.99, budget_s=0.0025)
+            assert answer.rows[0].path == (4, 6)
+            assert answer.rows[0].stopped_by == "budget"
+
+    run(test)
+
+
+def test_a_budget_chooses_the_deepest_path_that_fits() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            for budget_s, depth, reason in ((0.0045, 4, "budget"), (0.0001, 1, "budget"), (1.0, 7, "complete")):
+                answer = await b.ask(0.1, budget_s=budget_s)
+                assert (len(answer.rows[0].path), answer.rows[0].stopped_by) == (depth, reason)
+
+    run(test)
+
+
+def test_time_in_the_queue_counts_against_the_budget() -> None:
+    async def test() -> None:
+        async with bench(block_s=0.001) as b:
+            late: list[asyncio.Task[Answer]] = []
+
+            async def start() -> None:
+                late.append(b.ask(0.1, budget_s=0.0078))
+                await asyncio.sleep(0)
+                b.clock.now_s += 0.004
+
+            await b.held(start)
+            answer = await late[0]
+            assert len(answer.rows[0].path) == 2  # 7.8 ms - 4 waited - 1 of the run before
+            assert answer.queue_s == pytest.approx(0.005)
+
+    run(test)
+
+
+def test_who_expires_in_the_queue_costs_no_compute() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            expired: list[asyncio.Task[Answer]] = []
+
+            async def start() -> None:
+                expired.append(b.ask(0.1, budget_s=0.002))
+                expired.append(b.ask(0.1, budget_s=0.002, path=(4, 6)))
+                await asyncio.sleep(0)
+                b.clock.now_s += 0.01
+
+            await b.held(start)
+            for task in expired:
+                with pytest.raises(DeadlineExpired):
+                    await task
+            assert b.runner.runs == [((4,), 1, True)]
+
+    run(test)
+
+
+def test_who_has_gone_costs_no_compute() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            gone: list[asyncio.Task[Answer]] = []
+
+            async def start() -> None:
+                gone.append(b.ask(0.1))
+                await asyncio.sleep(0)
+                gone[0].cancel()
+                await asyncio.sleep(0)
+
+            await b.held(start)
+            await b.ask(0.3, path=(4, 6))
+            assert b.runner.runs == [((4,), 1, True), ((4, 6), 1, True)]
+
+    run(test)
+
+
+def test_waiting_rows_of_one_path_share_a_batch_whatever_they_were_asked_by() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            tasks: list[asyncio.Task[Answer]] = []
+
+            async def start() -> None:
+                tasks.extend([b.ask(0.1, path=(4, 6)), b.ask(0.2, 0.3), b.ask(0.4, path=(4, 6), asked_as="depth")])
+
+            await b.held(start)
+            answers = [await task for task in tasks]
+            assert [answer.rows[0].stopped_by for answer in answers] == ["path", "complete", "depth"]
+            assert b.runner.runs == [((4,), 1, True), ((4, 6), 2, True), ((1, 2, 3, 4, 5, 6, 7), 2, True)]
+            assert answers[2].rows[0].confidence == pytest.approx(0.6, abs=1e-5)  # its own row's answer
+
+    run(test)
+
+
+def test_a_request_larger_than_a_batch_is_answered_whole_and_in_order() -> None:
+    async def test() -> None:
+        async with bench(max_batch=4) as b:
+            wanted = np.linspace(0.3, 0.85, 10)
+            answer = await b.ask(*wanted, path=(4,))
+            assert [row.confidence + (row.label == 0) * (1 - 2 * row.confidence) for row in answer.rows] == pytest.approx(
+                wanted + 0.1, abs=1e-5
+            )
+            assert [count for _, count, _ in b.runner.runs] == [4, 4, 2]
+
+    run(test)
+
+
+def test_a_full_queue_refuses_at_once_and_keeps_who_waits() -> None:
+    async def test() -> None:
+        async with bench(max_queue_rows=3) as b:
+            tasks: list[asyncio.Task[Answer]] = []
+
+            async def start() -> None:
+                tasks.append(b.ask(0.1, 0.2, path=(4,)))
+                await asyncio.sleep(0)
+                with pytest.raises(QueueFull, match="2 rows wait already and at most 3 may, got 2 more"):
+                    await b.ask(0.3, 0.4)
+
+            await b.held(start)
+            assert len((await tasks[0]).rows) == 2
+
+    run(test)
+
+
+def test_a_failing_model_fails_its_requests_and_not_the_engine() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.runner.error = RuntimeError("broken")
+            with pytest.raises(InferenceFailed):
+                await b.ask(0.1)
+            b.runner.error = None
+            assert (await b.ask(0.1)).rows
+            assert b.engine.ready
+
+    run(test)
+
+
+def test_stopping_refuses_who_waits_and_loses_none() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.runner.go.clear()
+            b.runner.began.clear()
+            running = b.ask(0.1)
+            await asyncio.to_thread(b.runner.began.wait, 30)
+            waiting = b.ask(0.2)
+            await asyncio.sleep(0)
+            stopping = asyncio.create_task(b.engine.stop())
+            await asyncio.sleep(0)
+            b.runner.go.set()
+            await stopping
+            for task in (running, waiting):
+                with pytest.raises(NotReady):
+                    await task
+            with pytest.raises(NotReady):
+                await b.ask(0.3)
+
+    run(test)
+
+
+def test_nothing_is_taken_before_the_warm_up() -> None:
+    async def test() -> None:
+        b = Bench(None, 0.001)
+        with pytest.raises(NotReady):
+            await b.ask(0.1)
+        assert not b.engine.ready
+        await b.engine.start([b.model])
+        assert b.engine.ready
+        assert isinstance(b.model.profile, LatencyProfile)
+        await b.engine.stop()
+        assert not b.engine.ready
+
+    run(test)
+
+
+def test_every_row_is_counted_once() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            await asyncio.gather(*(b.ask(0.1 * n, 0.5, min_confidence=0.7) for n in range(1, 9)))
+            counted = sum(
+                sample.value
+                for metric in b.metrics.registry.collect()
+                for sample in metric.samples
+                if sample.name == "hbll_answers_total"
+            )
+            assert counted == 16
+
+    run(test)
+
+
+def test_offered_paths_without_a_ladder_can_be_climbed() -> None:
+    async def test() -> None:
+        manifest = fake_manifest({(2, 4): 0.5, (1, 2, 4): 0.6})
+        async with bench(manifest.accuracies) as b:
+            answer = await b.ask(0.1, min_confidence=0.99)
+            assert answer.rows[0].path == (1, 2, 4)
+
+    run(test)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Trained
+from training.checkpoint import CHECKPOINT_FILE, CONFIG_FILE, CheckpointError, load_family, write_atomically
+
+
+@pytest.fixture
+def run(trained: Trained, tmp_path: Path) -> Path:
+    for name in (CHECKPOINT_FILE, CONFIG_FILE):
+        (tmp_path / name).write_bytes((trained.run / name).read_bytes())
+    return tmp_path
+
+
+def test_a_truncated_checkpoint_is_named(run: Path) -> None:
+    file = run / CHECKPOINT_FILE
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=rf"{CHECKPOINT_FILE} is damaged"):
+        load_family(run)
+
+
+def test_a_pickle_is_not_opened(run: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(run / "owned"),)
+
+    (run / CHECKPOINT_FILE).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
+        load_family(run)
+    assert not (run / "owned").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(run: Path) -> None:
+    file = run / CONFIG_FILE
+    file.write_text(file.read_text().replace('"width": 16', '"width": 32'))
+    with pytest.raises(CheckpointError, match="does not fit the configuration"):
+        load_family(run)
+
+
+def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no training run"):
+        load_family(tmp_path)
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    write_atomically(file, b"before")
+
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(file, b"after")
+    assert file.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [file]

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from family.tree import Tree
+from tests.conftest import SMALL_VIT
+from training.config import MlpConfig, VitConfig
+from training.model import Family, build_family
+from training.objective import chain_step, hbll_probability, hbll_step, path_step, sample_chain
+
+MODELS = [SMALL_VIT, MlpConfig(hierarchy_depth=3, width=12), VitConfig(hierarchy_depth=2, patch=14, width=8, hidden=8)]
+
+
+@pytest.fixture(params=MODELS, ids=["vit", "mlp", "vit-d2"])
+def family(request: pytest.FixtureRequest) -> Family:
+    return build_family(request.param, seed=3)
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.rand(6, 28, 28, generator=generator), torch.randint(0, 10, (6,), generator=generator)
+
+
+def _gradients(family: Family) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in family.named_parameters() if p.grad is not None}
+
+
+def _node_by_node(family: Family, x: Tensor, y: Tensor, nudge: float, only: int | None = None) -> float:
+    """Algorithm 1 without stacking, leaves or tricks: ordinary autograd, one node after the other.
+
+    With `only`, just that node's loss is differentiated. The sum of the losses is returned.
+    """
+    tree = family.tree
+    weights = dict(family.blocks.named_parameters())
+
+    def block(node: int, state: Tensor) -> Tensor:
+        return family.blocks.run({name: w[node - 1] for name, w in weights.items()}, state)
+
+    embedded = family.embed(x)
+    states = {0: embedded.detach()}
+    losses = {}
+    for level in reversed(range(tree.hierarchy_depth)):
+        for node in tree.level_nodes(level):
+            left, right = tree.parents(node)
+            a = block(node, embedded if node == tree.root else states[left])
+            if right == tree.n:
+                per_row = F.cross_entropy(family.head(a), y, reduction="none")
+            else:
+                per_row = (block(right, a) - states[right]).square().flatten(1).mean(dim=1)
+            losses[node] = per_row.mean()
+            (gradient,) = torch.autograd.grad(per_row.sum(), a, retain_graph=True)
+            states[node] = (a - nudge * gradient).detach()
+    total = sum(losses.values()) if only is None else losses[only]
+    assert isinstance(total, Tensor)
+    total.backward()
+    return sum(loss.item() for loss in losses.values())
+
+
+@pytest.mark.parametrize("nudge", [0.0, 0.5, 2.0])
+def test_level_batched_step_equals_node_by_node(family: Family, batch: tuple[Tensor, Tensor], nudge: float) -> None:
+    plain = copy.deepcopy(family)
+    expected = _node_by_node(plain, *batch, nudge)
+    step = hbll_step(family, *batch, nudge=nudge, noise=0, generator=torch.Generator())
+    assert step.loss.item() == pytest.approx(expected, abs=1e-5)
+    got, wanted = _gradients(family), _gradients(plain)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_a_nodes_loss_reaches_no_block_but_its_own_and_its_right_parents(batch: tuple[Tensor, Tensor]) -> None:
+    """The locality of HBLL. Together with the test above this holds for the level-batched step too."""
+    for node in Tree(3).nodes:
+        family = build_family(SMALL_VIT, seed=3)
+        _node_by_node(family, *batch, nudge=0.5, only=node)
+        allowed = {node, family.tree.parents(node)[1]}
+        for name, parameter in family.blocks.named_parameters():
+            assert parameter.grad is not None
+            reached = {index + 1 for index, part in enumerate(parameter.grad) if part.abs().max() > 0}
+            assert reached <= allowed, f"{name} of blocks {reached - allowed} is trained by node {node}"
+        head_is_trained = any(p.grad is not None for p in family.head.parameters())
+        assert head_is_trained == (family.tree.parents(node)[1] == family.tree.n)
+
+
+def test_the_step_keeps_gradients_local_even_if_a_distant_block_breaks(batch: tuple[Tensor, Tensor]) -> None:
+    """In the batched step itself: NaN in block 1 reaches no gradient but those of node 1 and its right parent 2."""
+    family = build_family(SMALL_VIT, seed=3)
+    with torch.no_grad():
+        for parameter in family.blocks.parameters():
+            parameter[0] = float("nan")
+    hbll_step(family, *batch, nudge=0.5, noise=0, generator=torch.Generator())
+    broken = {
+        index + 1
+        for parameter in family.blocks.parameters()
+        for index, part in enumerate(parameter.grad)
+        if part.isnan().any()
+    }
+    assert broken == {1, 2}
+    assert not any(p.grad.isnan().any() for part in (family.embed, family.head) for p in part.parameters())
+
+
+def test_embedding_is_trained_by_the_root_alone(batch: tuple[Tensor, Tensor]) -> None:
+    family, rooted = (build_family(SMALL_VIT, seed=3) for _ in range(2))
+    hbll_step(family, *batch, nudge=0.5, noise=0, generator=torch.Generator())
+    path_step(rooted, (4,), *batch)
+    for ours, roots in zip(family.embed.parameters(), rooted.embed.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, roots.grad)
+
+
+def test_noise_comes_from_the_generator_alone(batch: tuple[Tensor, Tensor]) -> None:
+    def run(seed: int) -> dict[str, Tensor]:
+        family = build_family(SMALL_VIT, seed=3)
+        hbll_step(family, *batch, nudge=0.5, noise=0.1, generator=torch.Generator().manual_seed(seed))
+        return _gradients(family)
+
+    once, again, other = run(1), run(1), run(2)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert any(not torch.equal(once[name], other[name]) for name in once)
+
+
+@pytest.mark.parametrize("path", [(4,), (4, 6, 7), (2, 4, 5, 6), (1, 2, 3, 4, 5, 6, 7)])
+def test_chain_step_is_backpropagation_with_exits(batch: tuple[Tensor, Tensor], path: tuple[int, ...]) -> None:
+    x, y = batch
+    family, plain = (build_family(SMALL_VIT, seed=3) for _ in range(2))
+    step = chain_step(family, path, x, y)
+    weights = dict(plain.blocks.named_parameters())
+    state, exits = plain.embed(x), []
+    for node in path:
+        state = plain.blocks.run({name: w[node - 1] for name, w in weights.items()}, state)
+        if node in (4, 6, 7):
+            exits.append(plain.head(state))
+    deepest = exits.pop()
+    loss = F.cross_entropy(deepest, y)
+    p = deepest.detach().softmax(dim=1)
+    for q in exits:
+        kl = (p * (p.log() - q.log_softmax(dim=1))).sum(dim=1).mean()
+        loss = loss + 0.5 * F.cross_entropy(q, y) + 0.5 * kl
+    loss.backward()
+    assert step.evaluations == len(path) * len(y)
+    assert step.loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    got = _gradients(family)
+    for name, gradient in _gradients(plain).items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_add_up_over_steps(family: Family, batch: tuple[Tensor, Tensor]) -> None:
+    path = family.tree.ladder[-1]
+    path_step(family, path, *batch)
+    once = _gradients(family)
+    path_step(family, path, *batch)
+    for name, gradient in _gradients(family).items():
+        torch.testing.assert_close(gradient, 2 * once[name])
+
+
+@given(st.integers(2, 5), st.integers(0, 2**32 - 1))
+def test_sampled_chains_are_paths(hierarchy_depth: int, seed: int) -> None:
+    tree = Tree(hierarchy_depth)
+    path = sample_chain(tree, np.random.default_rng(seed))
+    assert tree.validate(path) == path
+
+
+def test_sampling_is_half_ladder_and_uniform_over_depth() -> None:
+    rng, tree = np.random.default_rng(0), Tree(3)
+    paths = [sample_chain(tree, rng) for _ in range(7000)]
+    others = [len(path) for path in paths if path != (4, 6, 7)]
+    counts = np.bincount(others, minlength=8)[1:]
+    assert abs(len(paths) - len(others) - (3500 + 100)) < 200  # the ladder is also one of the five paths of depth 3
+    assert all(abs(count - 500) < 90 for depth, count in enumerate(counts, 1) if depth != 3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_hbll_steps_take_their_share_of_the_work(share: float, batch: tuple[Tensor, Tensor]) -> None:
+    family = build_family(SMALL_VIT, seed=0)
+    step = hbll_step(family, *batch, nudge=0, noise=0, generator=torch.Generator())
+    assert step.evaluations == 11 * len(batch[1])
+    p = hbll_probability(family.tree, share)
+    rng = np.random.default_rng(1)
+    mean_chain = np.mean([len(sample_chain(family.tree, rng)) for _ in range(20_000)])
+    assert 11 * p / (11 * p + mean_chain * (1 - p)) == pytest.approx(share, abs=0.01)

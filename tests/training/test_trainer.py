@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import SMALL_VIT
+from training.checkpoint import CHECKPOINT_FILE, load_family
+from training.config import ConfigError, MlpConfig, RunConfig, TrainConfig
+from training.data import Digits
+from training.trainer import LOG_FILE, Report, TrainingDiverged, learning_rate, train
+
+SHORT = TrainConfig(budget=6, evaluations=3, hbll_share=0.5)
+
+
+class Killed(Exception):
+    """Stands for a kill between two steps."""
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_family(run)[1].state_dict()
+
+
+@pytest.mark.parametrize("model", [SMALL_VIT, MlpConfig(width=16)], ids=["vit", "mlp"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, digits: Digits, model: MlpConfig) -> None:
+    config = RunConfig(model=model, train=SHORT)
+    train(config, tmp_path / "whole", digits, lambda _: None)
+
+    def kill_halfway(report: Report) -> None:
+        if report.share > 0.55:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed", digits, kill_halfway)
+    steps: list[int] = []
+    train(config, tmp_path / "killed", digits, lambda report: steps.append(report.step), resume=True)
+    assert steps[0] > 1, "started again from nothing"
+    for name, tensor in _weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, _weights(tmp_path / "killed")[name]), name
+    assert (tmp_path / "whole" / LOG_FILE).read_text() == (tmp_path / "killed" / LOG_FILE).read_text()
+
+
+def test_a_killed_process_loses_at_most_one_interval(tmp_path: Path) -> None:
+    """A real process, a real SIGKILL."""
+    config = tmp_path / "config.toml"
+    config.write_text('[model]\nkind = "mlp"\nwidth = 16\n[train]\nbudget = 60\nevaluations = 20\n')
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "hbll", "train", "--config", str(config), "--out", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (run / LOG_FILE).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.kill(process.pid, signal.SIGKILL)
+    _, _, progress = load_family(run)
+    with (run / LOG_FILE).open() as log:
+        last = list(csv.DictReader(log))[-1]
+    # The log's row is written just before its checkpoint: at most that one interval, a twentieth, is lost.
+    assert float(last["share"]) * 60 * 3000 - progress.evaluations <= 1.1 * 60 * 3000 / 20
+    finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert load_family(run)[2].evaluations >= 60 * 3000
+
+
+def test_seeds_decide_everything(tmp_path: Path, digits: Digits) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = RunConfig(model=SMALL_VIT, train=SHORT.model_copy(update={"seed": seed, "budget": 2}))
+        train(config, tmp_path / name, digits, lambda _: None)
+    a, b, c = (_weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_training_learns(tmp_path: Path, digits: Digits) -> None:
+    """Centred digits and a few seconds: far above chance at every depth."""
+    scores = {}
+
+    def keep(report: Report) -> None:
+        scores.update(report.scores or {})
+
+    config = RunConfig(model=MlpConfig(width=64), train=TrainConfig(method="hbll", budget=60, lr=3e-3))
+    train(config, tmp_path / "run", digits.__class__(**_centred(digits)), keep)
+    assert len(scores) == 25
+    assert min(score.accuracy for score in scores.values()) > 0.5
+
+
+def _centred(digits: Digits) -> dict[str, object]:
+    from training.data import load_digits
+
+    plain = load_digits(0)
+    return {name: getattr(plain, name) for name in ("train", "validation", "certification", "test")}
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, digits: Digits) -> None:
+    config = RunConfig(model=MlpConfig(width=8), train=TrainConfig(budget=1, evaluations=1))
+    train(config, tmp_path, digits, lambda _: None)
+    before = (tmp_path / CHECKPOINT_FILE).read_bytes()
+    with pytest.raises(ConfigError, match="add --resume"):
+        train(config, tmp_path, digits, lambda _: None)
+    other = config.model_copy(update={"model": MlpConfig(width=9)})
+    with pytest.raises(ConfigError, match="another configuration"):
+        train(other, tmp_path, digits, lambda _: None, resume=True)
+    assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, digits: Digits) -> None:
+    config = RunConfig(model=SMALL_VIT, train=TrainConfig(method="chains", budget=3, lr=1e30, warmup_steps=0))
+    with pytest.raises(TrainingDiverged, match=r"the loss is (nan|inf) at step \d+"):
+        train(config, tmp_path, digits, lambda _: None)
+
+
+def test_bp_trains_one_path_only(tmp_path: Path, digits: Digits) -> None:
+    config = RunConfig(model=MlpConfig(width=8), train=TrainConfig(method="bp", blocks=2, budget=2, evaluations=1))
+    seen: list[Report] = []
+    train(config, tmp_path, digits, seen.append)
+    assert list(seen[-1].scores or {}) == [(4, 6)]
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    settings = TrainConfig(lr=1.0, warmup_steps=9)
+    assert [learning_rate(settings, step, 0.0) for step in range(10)] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert learning_rate(settings, 1000, 0.5) == pytest.approx(0.5)
+    assert learning_rate(settings, 1000, 1.0) == pytest.approx(0.0)
