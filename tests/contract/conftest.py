@@ -1,0 +1,65 @@
+"""The real app with the real bundle, in this process, spoken to by httpx."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from service.app import create_app
+from service.settings import Settings
+from tests.conftest import Trained
+
+
+class Client:
+    """httpx against the app, from synchronous tests: the app's loop runs in a thread of its own."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self._lifespan = app.router.lifespan_context(app)
+        self._call(self._start())
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        self._http = httpx.AsyncClient(transport=transport, base_url="http://test")
+
+    def request(self, method: str, url: str, **options: object) -> httpx.Response:
+        return self._call(self._http.request(method, url, **options))
+
+    def get(self, url: str) -> httpx.Response:
+        return self.request("GET", url)
+
+    def predict(self, body: object, model: str = "digits") -> httpx.Response:
+        return self.request("POST", f"/v1/models/{model}/predict", json=body)
+
+    def close(self) -> None:
+        self._call(self._http.aclose())
+        self._call(self._lifespan.__aexit__(None, None, None))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _start(self) -> None:
+        await self._lifespan.__aenter__()
+        while not self.app.state.context.ready:
+            await asyncio.sleep(0.01)
+
+    def _call(self, coroutine: object) -> object:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="package")
+def settings(trained: Trained) -> Settings:
+    return Settings(models=trained.models, max_body_bytes=400_000, max_request_rows=40, max_queue_rows=64)
+
+
+@pytest.fixture(scope="package")
+def client(settings: Settings) -> Iterator[Client]:
+    client = Client(create_app(settings))
+    yield client
+    client.close()

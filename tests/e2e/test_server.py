@@ -1,0 +1,158 @@
+"""A real uvicorn process, a real HTTP client, the real command line."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.conftest import LiveServer, Trained, start_server
+from training.data import Digits
+
+GOOD = [[0.5] * 28] * 28
+
+
+def hbll(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hbll", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "140", "PATH": ""})
+
+
+@pytest.fixture
+def image(tmp_path: Path, digits: Digits) -> Path:
+    file = tmp_path / "digit.png"
+    Image.fromarray((digits.test.images[0].numpy() * 255).astype("uint8")).save(file)
+    return file
+
+
+def test_predict_asks_a_running_server(server: LiveServer, image: Path) -> None:
+    done = hbll("predict", image, "--budget-ms", 5000, "--url", server.url)
+    assert done.returncode == 0, done.stderr
+    assert "digit.png" in done.stdout
+    assert "deadline met" in done.stdout
+    assert "complete" in done.stdout
+    done = hbll("predict", image, image, "--depth", 2, "--url", server.url, "--model", "digits")
+    assert done.stdout.count("digit.png") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--depth", "9"), "the server answered 422: depth 9 is not offered"),
+        (("--path", "4-7"), "4 -> 7 is no hop"),
+        (("--model", "cats"), "no model 'cats' is served here: expected one of digits"),
+    ],
+)
+def test_predict_passes_on_what_the_server_says(
+    server: LiveServer, image: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = hbll("predict", image, "--url", server.url, *arguments)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_predict_without_a_server_says_how_to_start_one(image: Path) -> None:
+    with socket.socket() as nobody:  # bound and not listening
+        nobody.bind(("127.0.0.1", 0))
+        done = hbll("predict", image, "--url", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+    assert done.returncode == 1
+    assert "Start one with `hbll serve`" in " ".join(done.stderr.split())
+
+
+def test_many_clients_at_once_all_get_their_own_answer(server: LiveServer, digits: Digits) -> None:
+    """Answers under load are those of a quiet server, whoever shares a batch."""
+    images = [image.tolist() for image in digits.test.images[:24]]
+    wishes = [{"depth": 1}, {"depth": 3}, {"min_confidence": 0.5}, {}]
+
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+
+        def ask(number: int) -> dict[str, object]:
+            body = {"inputs": [images[number % 24]], **wishes[number % 4]}
+            response = client.post("/v1/models/digits/predict", json=body)
+            assert response.status_code == 200, response.text
+            return response.json()["predictions"][0]
+
+        alone = [ask(number) for number in range(24)]
+        with ThreadPoolExecutor(16) as pool:
+            together = list(pool.map(ask, range(480)))
+    for number, row in enumerate(together):
+        expected = alone[number % 24]
+        assert (row["label"], row["path"], row["stopped_by"]) == (
+            expected["label"],
+            expected["path"],
+            expected["stopped_by"],
+        )
+        assert row["confidence"] == pytest.approx(expected["confidence"], abs=1e-5)
+
+
+def test_half_a_body_and_a_hang_up_do_not_disturb_others(server: LiveServer) -> None:
+    port = httpx.URL(server.url).port
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /v1/models/digits/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+    assert httpx.post(f"{server.url}/v1/models/digits/predict", json={"inputs": [GOOD]}).status_code == 200
+
+
+def test_sigterm_ends_the_server_in_order(trained: Trained, tmp_path: Path) -> None:
+    server = start_server(trained.models, tmp_path)
+    assert httpx.get(f"{server.url}/health/live").json() == {"live": True}
+    assert server.stop() in (0, -15)  # uvicorn raises the signal again after it has shut down
+    log = server.log.read_text()
+    assert "Application shutdown complete" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda bundle: (bundle / "weights.bin").write_bytes(b"short"), "weights.bin is truncated or changed"),
+        (lambda bundle: (bundle / "path_4.onnx").unlink(), "path_4.onnx cannot be read"),
+        (
+            lambda bundle: (bundle / "manifest.json").write_text(
+                (bundle / "manifest.json").read_text().replace('"accuracy"', '"accuracy" ', 1).replace("0.", "0.9", 1)
+            ),
+            "manifest.json was edited or damaged",
+        ),
+    ],
+    ids=["truncated weights", "missing file", "edited manifest"],
+)
+def test_the_server_does_not_start_on_a_damaged_bundle(trained: Trained, tmp_path: Path, damage, message: str) -> None:
+    bundle = tmp_path / "models" / "digits" / "1"
+    shutil.copytree(trained.bundle, bundle)
+    damage(bundle)
+    done = hbll("serve", tmp_path / "models", "--port", 0)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_setting_stops_start_up_and_is_named(trained: Trained) -> None:
+    command = [sys.executable, "-m", "hbll", "serve", str(trained.models)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"HBLL_MAX_BATCH": "many"})
+    assert done.returncode == 1
+    assert "wrong setting: max_batch: Input should be a valid integer" in done.stderr
+
+
+def test_inspect_and_verify_show_a_whole_bundle(trained: Trained) -> None:
+    done = hbll("inspect", trained.bundle)
+    assert done.returncode == 0, done.stderr
+    assert "1-2-3-4-5-6-7" in done.stdout
+    assert "reference" in done.stdout
+    done = hbll("verify", trained.bundle, "--checkpoint", trained.run)
+    assert done.returncode == 0, done.stderr
+    assert "25 paths agree in all forms" in done.stdout
+
+
+def test_evaluate_scores_every_path(trained: Trained, tmp_path: Path) -> None:
+    done = hbll("evaluate", trained.run, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "metrics.json").exists()
+    with Image.open(tmp_path / "accuracy_over_depth.png") as picture:
+        assert picture.width > 400
