@@ -1,0 +1,153 @@
+"""The pictures of the README: `python -m benchmarks.figures runs/digits models/digits/1`, or `make figures`.
+
+- tree.png: the tree of the family and its ladder.
+- anytime.png: test accuracy against measured time, for every path at batch 1, and for climbing the ladder until the
+  answer is confident enough, at thresholds from 0.3 to 0.999.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path as FilePath
+
+import click
+import numpy as np
+from matplotlib import pyplot as plt
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from family.manifest import Manifest, load_manifest
+from family.tree import Path, format_path
+from service.policy import climb_targets, segment_between
+from service.profile import Segment
+from service.runtime import Runtime
+from training.checkpoint import load_run_config
+from training.data import Split, load_digits
+from training.plots import ACCENT, INK, QUIET, plot_tree
+
+IMAGES = FilePath(__file__).parents[1] / "docs" / "images"
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
+_REPEATS = 200
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=FilePath, exists=True, file_okay=False))
+@click.argument("bundle", type=click.Path(path_type=FilePath, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=FilePath), default=IMAGES, show_default=True)
+def main(run: FilePath, bundle: FilePath, out: FilePath) -> None:
+    """Draw tree.png and anytime.png from the bundle that was exported from RUN."""
+    out.mkdir(parents=True, exist_ok=True)
+    manifest = load_manifest(bundle)
+    test = load_digits(load_run_config(run).data.shift).test
+    runtime = Runtime(bundle, manifest, threads=1, device="cpu")
+    plot_tree(manifest.tree, out / "tree.png")
+
+    segments = {Segment(path, embed=True) for path in manifest.offered} | set(climb_segments(manifest).values())
+    median_s = measure(runtime, manifest, segments)
+    paths = {path: (median_s[Segment(path, embed=True)], entry.test.accuracy) for path, entry in manifest.offered.items()}
+    climbs = {threshold: climb(runtime, manifest, test, threshold, median_s) for threshold in THRESHOLDS}
+    draw(manifest, paths, climbs, out / "anytime.png")
+
+    table = Table(title="climbing until confident: test accuracy, mean blocks, mean inference time of a row")
+    for column in ("min_confidence", "accuracy", "blocks", "time"):
+        table.add_column(column, justify="right")
+    for threshold, (seconds, accuracy, blocks) in climbs.items():
+        table.add_row(f"{threshold:g}", f"{100 * accuracy:.1f} %", f"{blocks:.2f}", f"{1e6 * seconds:.0f} us")
+    console = Console()
+    console.print(table)
+    reference_s, reference_accuracy = paths[manifest.reference]
+    console.print(
+        f"reference path {format_path(manifest.reference)}: {100 * reference_accuracy:.1f} %, {1e6 * reference_s:.0f} us; "
+        f"wrote {out}/tree.png and {out}/anytime.png"
+    )
+
+
+def climb_segments(manifest: Manifest) -> dict[Path, Segment]:
+    """What has to run to reach each target of the climb from the one before."""
+    before: Path | None = None
+    segments = {}
+    for target in climb_targets(manifest):
+        segments[target] = segment_between(before, target)
+        before = target
+    return segments
+
+
+def measure(runtime: Runtime, manifest: Manifest, segments: set[Segment]) -> dict[Segment, float]:
+    """Median seconds of each segment for one row. All are timed in turn, so that drift hits all alike."""
+    x = np.zeros((1, *manifest.input.shape[1:]), np.float32)
+    state = np.zeros((1, *manifest.state.shape[1:]), np.float32)
+    times: dict[Segment, list[float]] = {segment: [] for segment in segments}
+    for _ in range(_REPEATS):
+        for segment, taken in times.items():
+            start = time.perf_counter()
+            runtime.run(segment.nodes, x if segment.embed else state, embed=segment.embed, keep_state=not segment.embed)
+            taken.append(time.perf_counter() - start)
+    return {segment: statistics.median(taken) for segment, taken in times.items()}
+
+
+def climb(
+    runtime: Runtime, manifest: Manifest, test: Split, threshold: float, median_s: dict[Segment, float]
+) -> tuple[float, float, float]:
+    """(mean seconds a row, accuracy, mean blocks of the answers) of climbing to `threshold` on the test set."""
+    x, labels = test.images.numpy(), test.labels.numpy()
+    active = np.arange(len(x))
+    answers = np.full(len(x), -1)
+    blocks, seconds = 0, 0.0
+    segments = climb_segments(manifest)
+    for target, segment in segments.items():
+        logits = runtime.run(target, x[active], embed=True).logits
+        assert logits is not None
+        probabilities = softmax(logits / manifest.offered[target].temperature)
+        seconds += len(active) * median_s[segment]
+        confident = probabilities.max(axis=1) >= threshold
+        if target == list(segments)[-1]:
+            confident[:] = True
+        answers[active[confident]] = probabilities[confident].argmax(axis=1)
+        blocks += len(target) * int(confident.sum())
+        active = active[~confident]
+    return seconds / len(x), float((answers == labels).mean()), blocks / len(x)
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    result: NDArray[np.float32] = shifted / shifted.sum(axis=1, keepdims=True)
+    return result
+
+
+def draw(
+    manifest: Manifest,
+    paths: dict[Path, tuple[float, float]],
+    climbs: dict[float, tuple[float, float, float]],
+    file: FilePath,
+) -> None:
+    """Accuracy against time."""
+    figure, axes = plt.subplots(figsize=(8, 4.6))
+    best = list(manifest.best_by_depth.values())
+    dots = [point(seconds, accuracy) for seconds, accuracy in paths.values()]
+    axes.scatter(*zip(*dots, strict=True), s=16, color=QUIET, label="a path")
+    line = [point(*paths[path]) for path in best]
+    axes.plot(*zip(*line, strict=True), marker="o", color=INK, label="depth=d: the path that is best on validation")
+    for path, spot in zip(best, line, strict=True):
+        axes.annotate(str(len(path)), spot, xytext=(0, -16), textcoords="offset points", ha="center")
+    curve = [point(seconds, accuracy) for seconds, accuracy, _ in climbs.values()]
+    name = f"min_confidence {THRESHOLDS[0]:g} to {THRESHOLDS[-1]:g}, mean time"
+    axes.plot(*zip(*curve, strict=True), marker="s", markersize=4, color=ACCENT, label=name)
+    axes.margins(y=0.12)
+    axes.set(xlabel="inference time of one digit, microseconds", ylabel="test accuracy, %")
+    axes.set_title(f"{manifest.name}: the anytime curve")
+    axes.legend(frameon=False, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def point(seconds: float, accuracy: float) -> tuple[float, float]:
+    """In the units of the axes: microseconds, percent."""
+    return 1e6 * seconds, 100 * accuracy
+
+
+if __name__ == "__main__":
+    main()
