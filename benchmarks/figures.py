@@ -127,7 +127,7 @@ def draw(
     figure, axes = plt.subplots(figsize=(8, 4.6))
     best = list(manifest.best_by_depth.values())
     dots = [point(seconds, accuracy) for seconds, accuracy in paths.values()]
-    axes.scatter(*zip(*dots, strict=True), s=16, color=QUIET, label="a path")
+    axes.scatter([x for x, _ in dots], [y for _, y in dots], s=16, color=QUIET, label="a path")
     line = [point(*paths[path]) for path in best]
     axes.plot(*zip(*line, strict=True), marker="o", color=INK, label="depth=d: the path that is best on validation")
     for path, spot in zip(best, line, strict=True):
