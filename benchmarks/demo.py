@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ RUN, MODELS = Path("runs/digits"), Path("models")
 CONFIG = Path(__file__).parents[1] / "training" / "configs" / "digits.toml"
 SHIFT = 4
 SAMPLES = 8
+READY_S = 120
+PREDICT = "/v1/models/digits/predict"
 WISHES: dict[str, dict[str, Any]] = {
     "1 block": {"depth": 1},
     "3 blocks": {"depth": 3},
@@ -45,6 +47,7 @@ def main(port: int, once: bool, config: Path) -> None:
     began = time.monotonic()
     hbll("train", "--config", str(config), "--out", str(RUN), "--resume")
     hbll("export", str(RUN), str(MODELS / "digits" / "1"), "--replace")
+    require_free(port)
     command = [sys.executable, "-m", "hbll", "serve", str(MODELS), "--port", str(port)]
     console.print(f"\n[bold]$ hbll {' '.join(command[3:])}")
     with subprocess.Popen(command) as server:  # noqa: S603
@@ -73,9 +76,17 @@ def hbll(*arguments: str) -> None:
         raise click.ClickException(f"`hbll {arguments[0]}` ended with status {status}")
 
 
+def require_free(port: int) -> None:
+    """Do not talk to another server that listens there already."""
+    with socket.socket() as taken:
+        if taken.connect_ex(("127.0.0.1", port)) == 0:
+            raise click.ClickException(f"something listens on port {port} already: stop it, or choose another (PORT=...)")
+
+
 def wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
     """Poll the readiness probe until it says yes."""
-    while True:
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline:
         if server.poll() is not None:
             raise click.ClickException(
                 f"the server ended with status {server.returncode} (is port {client.base_url.port} free?)"
@@ -86,6 +97,7 @@ def wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> N
         except httpx.TransportError:
             pass
         time.sleep(0.1)
+    raise click.ClickException(f"the server did not become ready in {READY_S} s")
 
 
 def paths_table(client: httpx.Client, test: Split) -> Table:
@@ -117,15 +129,18 @@ def answers_table(client: httpx.Client, test: Split) -> Table:
     for name in WISHES:
         table.add_column(name, justify="right")
     inputs = [image_input(test, index) for index in range(SAMPLES)]
-    columns = [ask(client, {"inputs": inputs, **wish})["predictions"] for wish in WISHES.values()]
-    for index in range(SAMPLES):
+    for index, image in enumerate(inputs):
         truth = str(test.labels[index].item())
-        table.add_row(truth, *(cell(column[index], truth) for column in columns))
+        responses = [client.post(PREDICT, json={"inputs": [image], **wish}) for wish in WISHES.values()]
+        table.add_row(truth, *(cell(response, truth) for response in responses))
     return table
 
 
-def cell(row: Mapping[str, Any], truth: str) -> str:
-    """One answer, green if right."""
+def cell(response: httpx.Response, truth: str) -> str:
+    """One answer, green if right; a request may be refused, as one whose budget ran out is."""
+    if response.is_error:
+        return f"[yellow]{response.json()['code']}"
+    (row,) = response.json()["predictions"]
     colour = "green" if row["label"] == truth else "red"
     return f"[{colour}]{row['label']}[/] ({row['confidence']:.2f}, {row['depth']})"
 
@@ -138,13 +153,13 @@ def show_how_to_ask(url: httpx.URL, test: Split) -> None:
     print(  # noqa: T201  a line to paste, which no terminal width may break
         f"curl -s {url}v1/models/digits/predict -H 'content-type: application/json' "
         f'-d \'{{"latency_budget_ms": 5, "inputs": [{{"image": "\'$(base64 < {sample} | tr -d "\\n")\'"}}]}}\'\n'
-        f".venv/bin/hbll predict {sample} --budget-ms 5 --url {str(url).rstrip('/')}"
+        f".venv/bin/hbll predict {sample} --model digits --budget-ms 5 --url {str(url).rstrip('/')}"
     )
 
 
 def ask(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
     """One request; anything but a success ends the demo with the server's words."""
-    response = client.post("/v1/models/digits/predict", json=body)
+    response = client.post(PREDICT, json=body)
     if response.is_error:
         raise click.ClickException(f"the server answered {response.status_code}: {response.text}")
     answer: dict[str, Any] = response.json()

@@ -29,7 +29,7 @@ from service.settings import Settings
 
 FAMILIES = {
     "small": {"kind": "vit"},
-    "mlp-55MB": {"kind": "mlp", "width": 1400},
+    "mlp-86MB": {"kind": "mlp", "width": 1700},
     "vit-54MB": {"kind": "vit", "width": 400, "heads": 4, "hidden": 1600},
     "vit-106MB": {"kind": "vit", "width": 560, "heads": 8, "hidden": 2240},
 }
@@ -65,7 +65,7 @@ def main(folder: Path, requests: int, one: str | None, warm: bool) -> None:
 def make_bundle(folder: Path, name: str) -> None:
     """Export a family of random weights to `folder/name/name/1`, unless it is there."""
     from export.bundle import export_bundle  # the process that measures must not hold torch
-    from training.checkpoint import Progress
+    from training.checkpoint import Origin, Progress
     from training.config import parse_config
     from training.data import load_digits
     from training.model import build_family
@@ -75,7 +75,7 @@ def make_bundle(folder: Path, name: str) -> None:
         return
     Console().print(f"exporting {name}")
     config = parse_config({"name": name.lower(), "model": FAMILIES[name]}, name)
-    export_bundle(config, build_family(config.model, 0), Progress(), load_digits(4), target)
+    export_bundle(config, build_family(config.model, 0), Progress(), Origin.here(), load_digits(4), target)
 
 
 async def measure(folder: Path, name: str, requests: int, warm: bool) -> tuple[float]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path as FilePath
@@ -35,15 +35,14 @@ from family.manifest import (
     sha256_of,
 )
 from family.tree import Cost, Path, Tree, format_path
-from training.checkpoint import Progress
-from training.config import RunConfig
+from training.checkpoint import Origin, Progress
+from training.config import IMAGE_SIDE, RunConfig
 from training.data import Digits, Split
 from training.evaluate import path_logits
-from training.model import CLASSES, IMAGE_SIDE, Family
+from training.model import CLASSES, Family
 from training.trainer import trained_paths
 
 _MOST_PATHS_BY_DEFAULT = 32
-_LIBRARIES = ("torch", "onnx", "onnxscript", "numpy", "mlxtend")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,38 +57,42 @@ def export_bundle(
     config: RunConfig,
     family: Family,
     progress: Progress,
+    origin: Origin,
     data: Digits,
     target: FilePath,
     *,
     paths: str = "default",
     replace: bool = False,
-    advance: Callable[[str], None] = lambda _: None,
+    report: Callable[[str, int], None] = lambda _step, _total: None,
 ) -> Exported:
     """Write the bundle of a trained family to the folder `target`.
 
-    Requires: `target` does not exist, or `replace`. Ensures: `target` is a whole, verified bundle; on any failure
-    it is what it was before. A kill leaves nothing half-written (between the two renames of a replacement, the old
-    bundle beside it, under a name that ends in `.old`).
+    Requires: `target` does not exist, or is a bundle and `replace` is set. Ensures: `target` is a whole, verified
+    bundle; on any failure it is what it was before. A kill leaves nothing half-written there; what it leaves beside,
+    under hidden names, the next export to the same target puts right.
 
     Args:
         paths: `ladder`, `pareto`, `all`, a list like `4,4-6-7`, or `default` (all where there are at most 32, else
             the Pareto front and the ladder).
-        advance: told of every finished step.
+        report: told of every finished step and of how many there will be.
 
     Raises:
-        BundleError: `target` exists, or the graphs do not agree with each other and with torch.
+        BundleError: `target` exists, the family gives NaN, or the graphs do not agree with each other and torch.
         InvalidPath: `paths` names a path that the tree does not have.
     """
-    if target.exists() and not replace:
-        raise BundleError(f"{target} already exists: choose another folder or version, or add --replace")
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _put_leftovers_right(target)
+    _require_free(target, replace)
     validation = _logits(family, data.validation, trained_paths(config, family.tree, tuple(family.tree.paths())))
     accuracies = {path: _accuracy(logits, data.validation) for path, logits in validation.items()}
     chosen = choose_paths(family.tree, accuracies, paths)
-    advance("chose the paths")
+    steps = len(family.tree.nodes) + 5 + 2 * len(chosen)  # parts, weights, gated graph, metrics; each path twice
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    _remove_leftovers(target)
+    def advance(step: str) -> None:
+        report(step, steps)
+
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     temporary.mkdir()
     try:
         parts = export_parts(family, data.validation.images[:2], advance)
@@ -109,20 +112,15 @@ def export_bundle(
             labels=tuple(str(digit) for digit in range(CLASSES)),
             image=ImageInput(height=IMAGE_SIDE, width=IMAGE_SIDE),
             paths=entries,
-            provenance=_provenance(config, progress),
+            provenance=_provenance(config, progress, origin),
             files={name: sha256_of(temporary / name) for name in names},
         )
         differences = verify_bundle(temporary, manifest, family, lambda path: advance(f"verified {format_path(path)}"))
         _write(temporary / MANIFEST_FILE, dump_manifest(manifest))
-        _publish(temporary, target)
+        _publish(temporary, target, replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(manifest, differences)
-
-
-def steps_of_export(family: Family, paths: int) -> int:
-    """How often `export_bundle` calls `advance` when it writes `paths` paths."""
-    return len(family.tree.nodes) + 6 + 2 * paths
 
 
 def choose_paths(tree: Tree, accuracies: dict[Path, float], wish: str) -> tuple[Path, ...]:
@@ -130,10 +128,10 @@ def choose_paths(tree: Tree, accuracies: dict[Path, float], wish: str) -> tuple[
 
     Raises:
         InvalidPath: the wish names a path that the tree does not have.
-        BundleError: it names a path that this run did not train.
+        BundleError: it names a path that this run did not train, or there is none of the kind.
     """
     trained_rungs = [path for path in tree.ladder if path in accuracies]
-    chosen: Iterable[Path]
+    chosen: Collection[Path]
     if wish == "default":
         wish = "all" if len(accuracies) <= _MOST_PATHS_BY_DEFAULT else "pareto+ladder"
     match wish:
@@ -147,6 +145,8 @@ def choose_paths(tree: Tree, accuracies: dict[Path, float], wish: str) -> tuple[
             chosen = (*pareto_front(tree, accuracies), *trained_rungs)
         case _:
             chosen = [tree.parse(text.strip()) for text in wish.split(",")]
+    if not chosen:
+        raise BundleError(f"this run trained no path of the {wish}: it has {', '.join(map(format_path, accuracies))}")
     for path in chosen:
         if path not in accuracies:
             raise BundleError(f"this run did not train the path {format_path(path)}")
@@ -216,35 +216,27 @@ def _entries(
 
 
 def _logits(family: Family, split: Split, paths: Iterable[Path]) -> dict[Path, NDArray[np.float32]]:
-    return {path: logits.numpy() for path, logits in path_logits(family, split.images, paths).items()}
+    logits = {path: values.numpy() for path, values in path_logits(family, split.images, paths).items()}
+    for path, values in logits.items():
+        if not np.isfinite(values).all():
+            raise BundleError(f"path {format_path(path)} of this family gives NaN or infinity: it cannot be served")
+    return logits
 
 
 def _accuracy(logits: NDArray[np.float32], split: Split) -> float:
     return float((logits.argmax(axis=1) == split.labels.numpy()).mean())
 
 
-def _provenance(config: RunConfig, progress: Progress) -> Provenance:
+def _provenance(config: RunConfig, progress: Progress, origin: Origin) -> Provenance:
     return Provenance(
         dataset=f"{config.data.name}, shift {config.data.shift}",
         method=config.train.method,
         seed=config.train.seed,
         steps=progress.steps,
         block_evaluations=progress.evaluations,
-        git_revision=_git_revision(),
-        libraries={name: version(name) for name in _LIBRARIES},
+        git_revision=origin.git_revision,
+        libraries=origin.libraries | {name: version(name) for name in ("onnx", "onnxscript")},
     )
-
-
-def _git_revision() -> str | None:
-    """The revision of the source tree that exports, or none for an installed package."""
-    root = FilePath(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _write(file: FilePath, data: bytes) -> None:
@@ -254,8 +246,19 @@ def _write(file: FilePath, data: bytes) -> None:
         os.fsync(opened.fileno())
 
 
-def _publish(temporary: FilePath, target: FilePath) -> None:
+def _require_free(target: FilePath, replace: bool) -> None:
+    """Only a bundle is ever replaced: `models/digits` given for `models/digits/1` must not cost all versions."""
+    if not target.exists():
+        return
+    if not replace:
+        raise BundleError(f"{target} already exists: choose another folder or version, or add --replace")
+    if not (target / MANIFEST_FILE).is_file():
+        raise BundleError(f"{target} exists and is no bundle, so it is not replaced: expected a {MANIFEST_FILE} in it")
+
+
+def _publish(temporary: FilePath, target: FilePath, replace: bool) -> None:
     """Rename into place. An old bundle steps aside first and goes only when the new one stands."""
+    _require_free(target, replace)
     aside = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
         target.rename(aside)
@@ -268,7 +271,25 @@ def _publish(temporary: FilePath, target: FilePath) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _remove_leftovers(target: FilePath) -> None:
-    """Delete what killed exports to the same target left behind."""
-    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _put_leftovers_right(target: FilePath) -> None:
+    """After exports to the same target that were killed: an old bundle comes back if nothing took its place, what is
+    half-written goes. Those of live processes are theirs."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(new|old)")
+    for leftover in target.parent.iterdir():
+        match = pattern.fullmatch(leftover.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        if match[2] == "old" and not target.exists():
+            leftover.rename(target)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

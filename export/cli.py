@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from export.bundle import Exported, choose_paths, export_bundle, steps_of_export
+from export.bundle import Exported, export_bundle
 from export.verify import TOLERANCE, verify_bundle
 from family.manifest import BundleError, check_files, load_manifest
 from family.tree import InvalidPath, format_path
-from training.checkpoint import CheckpointError, load_family
+from training.checkpoint import CheckpointError, load_family, load_origin
 from training.data import load_digits
-from training.trainer import trained_paths
 
 console = Console()
 
@@ -33,7 +32,7 @@ def _bar() -> Progress:
     default="default",
     help="ladder | pareto | all | a list like 4,4-6-7.  [default: all up to 32 paths, else Pareto front and ladder]",
 )
-@click.option("--replace", is_flag=True, help="Replace BUNDLE if it exists.")
+@click.option("--replace", is_flag=True, help="Replace BUNDLE if it is a bundle already.")
 def export(run: Path, bundle: Path, paths: str, replace: bool) -> None:
     """Write the family trained in RUN as the folder BUNDLE.
 
@@ -49,17 +48,15 @@ def export(run: Path, bundle: Path, paths: str, replace: bool) -> None:
     try:
         config, family, progress = load_family(run)
         data = load_digits(config.data.shift)
-        tree = family.tree
-        trained = trained_paths(config, tree, tuple(tree.paths()))
-        most = len(choose_paths(tree, dict.fromkeys(trained, 0.0), paths))
         with _bar() as bar:
-            task = bar.add_task("exporting", total=steps_of_export(family, most))
+            task = bar.add_task("scoring the paths", total=None)
 
-            def advance(step: str) -> None:
-                bar.update(task, advance=1, description=step)
+            def report(step: str, total: int) -> None:
+                bar.update(task, advance=1, total=total, description=step)
 
-            exported = export_bundle(config, family, progress, data, bundle, paths=paths, replace=replace, advance=advance)
-            bar.update(task, total=bar.tasks[0].completed, description="done")
+            exported = export_bundle(
+                config, family, progress, load_origin(run), data, bundle, paths=paths, replace=replace, report=report
+            )
     except (BundleError, CheckpointError, InvalidPath, OSError) as exc:
         raise click.ClickException(str(exc)) from exc
     _summary(exported, bundle)

@@ -28,9 +28,6 @@ OPSET = 20
 ALIGNMENT = 4096
 """Of every tensor in the weights file: a page, so that a runtime can map it."""
 
-_INLINE_BELOW_BYTES = 1024
-"""Smaller tensors (shapes, scalars) stay inside the graphs, where runtimes fold them."""
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -81,10 +78,11 @@ class Placement:
 
 
 def place(initializers: dict[str, NDArray[np.generic]]) -> Placement:
-    """Lay the large tensors out in one file, each at an aligned offset."""
+    """Lay all weights out in one file, each at an aligned offset. Shapes and scalars stay inside the graphs, where
+    runtimes fold them."""
     offsets, end = {}, 0
     for name, tensor in initializers.items():
-        if tensor.nbytes >= _INLINE_BELOW_BYTES:
+        if tensor.ndim > 0 and np.issubdtype(tensor.dtype, np.floating):
             offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
             end = offsets[name] + tensor.nbytes
     return Placement(offsets, end)

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from family.manifest import GATED_FILE, BundleError, Manifest, file_name
+from family.manifest import GATED_FILE, BundleError, Manifest
 from family.tree import Path, format_path
 from training.evaluate import path_logits
 from training.model import Family
@@ -42,7 +42,12 @@ def verify_bundle(
     Raises:
         BundleError: a graph is not valid ONNX, or two forms differ by more than `TOLERANCE`.
     """
-    for name in (GATED_FILE, *(file_name(path) for path in manifest.offered)):
+    if family is not None and family.tree != manifest.tree:
+        expected_depth, got_depth = manifest.hierarchy_depth, family.tree.hierarchy_depth
+        raise BundleError(
+            f"{bundle} has hierarchy depth {expected_depth}, the checkpoint {got_depth}: not the run it is from"
+        )
+    for name in (GATED_FILE, *(entry.file for entry in manifest.paths)):
         try:
             onnx.checker.check_model(str(bundle / name), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
@@ -52,8 +57,8 @@ def verify_bundle(
     inputs = [rng.random((rows, *manifest.input.shape[1:]), dtype=np.float32) for rows in BATCHES]
     expected = [path_logits(family, torch.from_numpy(x), manifest.offered) for x in inputs] if family else None
     differences = []
-    for path in manifest.offered:
-        own = _session(bundle / file_name(path))
+    for path, entry in manifest.offered.items():
+        own = _session(bundle / entry.file)
         gated_error = continued_error = torch_error = 0.0
         for index, x in enumerate(inputs):
             (logits,) = own.run(["logits"], {"x": x})
@@ -67,9 +72,9 @@ def verify_bundle(
                 torch_error = max(torch_error, _largest(logits, expected[index][path].numpy()))
         difference = Difference(path, gated_error, continued_error, torch_error if expected is not None else None)
         for form, error in (("gated graph", gated_error), ("continued run", continued_error), ("torch model", torch_error)):
-            if not error <= TOLERANCE:  # NaN too
+            if error > TOLERANCE:
                 raise BundleError(
-                    f"{bundle / file_name(path)}: path {format_path(path)} and the {form} differ by {error:.2g}, "
+                    f"{bundle / entry.file}: path {format_path(path)} and the {form} differ by {error:.2g}, "
                     f"expected at most {TOLERANCE:g}"
                 )
         differences.append(difference)
@@ -80,7 +85,10 @@ def verify_bundle(
 def _session(file: FilePath) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as exc:
+        raise BundleError(f"{file} cannot be loaded by ONNX Runtime: {exc}") from exc
 
 
 def _run_gated(
@@ -108,4 +116,7 @@ def _run_gated(
 
 
 def _largest(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    return float(np.abs(a - b).max()) if a.shape == b.shape else float("inf")
+    """The greatest absolute difference; infinite if the shapes differ or a value is not finite."""
+    if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
+    return float(np.abs(a - b).max())

@@ -41,7 +41,8 @@ class BundleError(ValueError):
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # What a newer minor version adds is ignored; that nothing was slipped in is the digest's business.
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class TensorSpec(_Model):
@@ -49,7 +50,7 @@ class TensorSpec(_Model):
 
     name: str
     datatype: Literal["FP32"]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = Field(min_length=2)
 
 
 class ImageInput(_Model):
@@ -116,9 +117,14 @@ class Manifest(_Model):
         seen = set()
         for entry in self.paths:
             try:
-                seen.add(self.tree.parse(entry.path))
+                path = self.tree.parse(entry.path)
             except InvalidPath as exc:
                 raise ValueError(str(exc)) from exc
+            if (entry.path, entry.file) != (format_path(path), file_name(path)):
+                raise ValueError(
+                    f"expected path {format_path(path)} in {file_name(path)}, got {entry.path} in {entry.file}"
+                )
+            seen.add(path)
         if len(seen) != len(self.paths):
             raise ValueError("a path is listed twice")
         wanted = {WEIGHTS_FILE, GATED_FILE, *(entry.file for entry in self.paths)}
@@ -192,23 +198,13 @@ def load_manifest(bundle: FilePath) -> Manifest:
         BundleError: it is missing, edited, of another major format version, or not valid.
     """
     file = bundle / MANIFEST_FILE
-    try:
-        size = file.stat().st_size
-        if size > _MAX_MANIFEST_BYTES:
-            raise BundleError(f"{file}: expected at most {_MAX_MANIFEST_BYTES} bytes, got {size}")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise BundleError(f"{file} is missing: {bundle} is no bundle (`hbll export` writes one)") from exc
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as exc:
-        raise BundleError(f"{file} cannot be read as JSON: {exc}") from exc
-    if not isinstance(content, dict):
-        raise BundleError(f"{file}: expected a JSON object")
+    content = _read(file)
+    claimed = content.pop("sha256", None)
     version = str(content.get("format_version"))
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise BundleError(
             f"{file}: expected format version {FORMAT_VERSION.split('.')[0]}.x, got {version}: export the bundle again"
         )
-    claimed = content.pop("sha256", None)
     if claimed != _digest(content):
         raise BundleError(f"{file} was edited or damaged: its digest is not the one that it carries")
     try:
@@ -234,6 +230,23 @@ def check_files(bundle: FilePath, manifest: Manifest) -> None:
             raise BundleError(
                 f"{file} is truncated or changed: expected SHA-256 {expected}, got {got}. Copy the bundle again, whole"
             )
+
+
+def _read(file: FilePath) -> dict[str, object]:
+    try:
+        size = file.stat().st_size
+        text = file.read_text(encoding="utf-8") if size <= _MAX_MANIFEST_BYTES else None
+        content = json.loads(text) if text is not None else None
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair reads as JSON and is no text
+    except FileNotFoundError as exc:
+        raise BundleError(f"{file} is missing: {file.parent} is no bundle (`hbll export` writes one)") from exc
+    except (OSError, ValueError, RecursionError) as exc:
+        raise BundleError(f"{file} cannot be read as JSON: {exc}") from exc
+    if text is None:
+        raise BundleError(f"{file}: expected at most {_MAX_MANIFEST_BYTES} bytes, got {size}")
+    if not isinstance(content, dict):
+        raise BundleError(f"{file}: expected a JSON object")
+    return content
 
 
 def _digest(content: dict[str, object]) -> str:

@@ -17,7 +17,7 @@ from typing import TypeAlias
 Path: TypeAlias = tuple[int, ...]
 
 MAX_HIERARCHY_DEPTH = 10
-"""Larger trees (1,023 blocks and more) are refused: counting their paths by depth would take minutes."""
+"""Larger trees (2,047 blocks and more) are refused: nothing here is meant for them."""
 
 
 class InvalidPath(ValueError):
@@ -228,14 +228,6 @@ def format_path(path: Path) -> str:
 def extends(longer: Path, shorter: Path) -> bool:
     """Whether `longer` can go on from the state where `shorter` ends: its nodes begin with those of `shorter`."""
     return longer[: len(shorter)] == shorter
-
-
-def common_prefix(a: Path, b: Path) -> Path:
-    """The nodes that both paths run first, whose states they share."""
-    shared = 0
-    while shared < min(len(a), len(b)) and a[shared] == b[shared]:
-        shared += 1
-    return a[:shared]
 
 
 @dataclass(frozen=True, slots=True)

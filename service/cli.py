@@ -20,6 +20,9 @@ from service.settings import Settings
 
 console = Console()
 
+_DRAIN_S = 10
+"""How long a server that is told to end waits for its clients."""
+
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
@@ -43,6 +46,7 @@ def serve(models: Path | None, host: str, port: int, threads: int | None, device
     """
     given = {"models": models, "threads": threads, "device": device}
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         settings = Settings(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
         app = create_app(settings)
@@ -51,7 +55,7 @@ def serve(models: Path | None, host: str, port: int, threads: int | None, device
         raise click.ClickException(f"wrong setting: {problems}") from exc
     except BundleError as exc:
         raise click.ClickException(str(exc)) from exc
-    uvicorn.run(app, host=host, port=port, access_log=False)
+    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=_DRAIN_S)
 
 
 @click.command()
@@ -82,12 +86,14 @@ def predict(
       hbll predict a.png b.png --min-confidence 0.9
     """
     body: dict[str, object] = {"inputs": [{"image": base64.b64encode(file.read_bytes()).decode()} for file in images]}
-    number = int(depth) if depth is not None and depth.isdigit() else depth
+    number = int(depth) if depth is not None and depth.isdecimal() else depth
     wishes = {"depth": number, "path": path, "latency_budget_ms": budget_ms, "min_confidence": min_confidence}
     body |= {key: value for key, value in wishes.items() if value is not None}
     try:
         with httpx.Client(base_url=url, timeout=timeout_s) as client:
             answer = _answer(client.post(f"/v1/models/{model or _only_model(client)}/predict", json=body))
+    except ValueError as exc:  # NaN, which JSON cannot carry
+        raise click.ClickException(str(exc)) from exc
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise click.ClickException(
             f"no answer from {url}: {exc}. Is a server running there? Start one with `hbll serve`"

@@ -1,5 +1,8 @@
 """The simple engine: one bounded first-come queue, batches of rows that can run together, one inference thread.
 
+A batch is one segment in one call. Rows that climb come back to the head of the queue between rungs, so each row is
+answered when it stops, whoever it shared a batch with, and newcomers can join.
+
 It owns all asyncio state of serving. Routes see `submit`; the rules of depth are in `service.policy`; models run
 behind the `Runner` protocol. So another engine can take its place without touching either side.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,9 +24,10 @@ from numpy.typing import NDArray
 from family.tree import Path
 from service.errors import DeadlineExpired, InferenceFailed, NotReady, QueueFull, ServiceError
 from service.metrics import Metrics
-from service.policy import StoppedBy, Target, Wish, choose_target, segment_between
+from service.policy import StoppedBy, Wish, choose_target, segment_between, stops_climbing
+from service.profile import Segment
 from service.repository import ServedModel
-from service.runtime import Rows
+from service.runtime import Output, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +67,33 @@ class _Ticket:
 
 @dataclass(slots=True)
 class _Item:
-    """One row that waits."""
+    """One row that waits: at the input, or on the ladder, where `source` is the state after the path `before`."""
 
     ticket: _Ticket
     index: int
     x: Rows
+    source: Rows
+    before: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a row wants to run next: `segment` leads to the answer of `path`. A row that climbs has no `stopped_by` yet;
+    `upcoming` is what it would run after this, if there is anything better."""
+
+    path: Path
+    segment: Segment
+    stopped_by: StoppedBy | None
+    upcoming: Segment | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Rows of one model that run together; `target` is none where they climb."""
+    """Rows of one model that run the same segment to the same path, each for its own reason."""
 
     model: ServedModel
     items: tuple[_Item, ...]
-    target: Target | None
+    steps: tuple[_Step, ...]
 
 
 @dataclass(slots=True)
@@ -99,29 +117,45 @@ class Engine:
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="inference"))
     _loop_task: asyncio.Task[None] | None = None
     _warm: bool = False
+    _stopping: threading.Event = field(default_factory=threading.Event)
 
     @property
     def ready(self) -> bool:
-        """Warm, and its loop alive."""
-        return self._warm and self._loop_task is not None and not self._loop_task.done()
+        """Warm, not stopping, and its loop alive."""
+        alive = self._loop_task is not None and not self._loop_task.done()
+        return self._warm and alive and not self._stopping.is_set()
 
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Warm `models` up in the inference thread, then take requests."""
         loop = asyncio.get_running_loop()
         for model in models:
-            await loop.run_in_executor(self._thread, model.warm_up, self.max_batch, self.clock)
+            if self._stopping.is_set():
+                return
+            await loop.run_in_executor(self._thread, model.warm_up, self.max_batch, self.clock, self._stopping.is_set)
         self._loop_task = asyncio.create_task(self._run_forever(), name="engine")
         self._warm = True
 
     async def stop(self) -> None:
-        """Stop taking requests, refuse those that wait, let the running batch end."""
-        self._warm = False
+        """Take no more requests, deliver the batch that runs, refuse what waits."""
+        self._stopping.set()
+        self._arrived.set()
         if self._loop_task is not None:
-            self._loop_task.cancel()
-            await asyncio.gather(self._loop_task, return_exceptions=True)
-        while self._queue:
-            _fail(self._queue.popleft().ticket, NotReady("the server is shutting down"))
-        self._thread.shutdown(wait=True)
+            await self._loop_task
+        self._fail_waiting(NotReady("the server is shutting down"))
+        await asyncio.to_thread(self._thread.shutdown)
+
+    def require_room(self, rows: int) -> None:
+        """Check that `rows` more may wait now, before work is put into decoding them.
+
+        Raises:
+            NotReady: the engine is warming up or shutting down.
+            QueueFull: too many rows wait.
+        """
+        if not self.ready:
+            raise NotReady("the server is warming up or shutting down: ask again in a second")
+        waiting = len(self._queue)
+        if waiting + rows > self.max_queue_rows:
+            raise QueueFull(f"{waiting} rows wait already and at most {self.max_queue_rows} may, got {rows} more")
 
     async def submit(self, model: ServedModel, x: Rows, wish: Wish, arrived_s: float) -> Answer:
         """Answer the rows of `x (rows, *input_shape) float32`, which arrived at `arrived_s` on the engine's clock.
@@ -132,166 +166,129 @@ class Engine:
             DeadlineExpired: the budget ran out before any block had run.
             InferenceFailed: the runtime raised.
         """
-        if not self.ready:
-            raise NotReady("the server is warming up or shutting down: ask again in a second")
-        waiting = len(self._queue)
-        if waiting + len(x) > self.max_queue_rows:
-            raise QueueFull(f"{waiting} rows wait already and at most {self.max_queue_rows} may, got {len(x)} more")
+        self.require_room(len(x))
         ticket = _Ticket(model, wish, arrived_s, asyncio.get_running_loop().create_future(), [None] * len(x))
-        self._queue.extend(_Item(ticket, index, row) for index, row in enumerate(x))
+        self._queue.extend(_Item(ticket, index, row, row) for index, row in enumerate(x))
         self.metrics.requests.labels(model.name).inc()
         self.metrics.queue_rows.set(len(self._queue))
         self._arrived.set()
         return await ticket.done
 
     async def _run_forever(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            batch = self._next_batch()
-            self.metrics.queue_rows.set(len(self._queue))
-            if batch is None:
-                self._arrived.clear()
-                await self._arrived.wait()
-                continue
-            self.metrics.batch_rows.labels(batch.model.name).observe(len(batch.items))
+        """Never ends but by `stop`: a surprise fails the requests that it meets and is logged."""
+        while not self._stopping.is_set():
             try:
-                answers, compute_s = await loop.run_in_executor(self._thread, self._run, batch)
-            except asyncio.CancelledError:
-                _fail_all(batch, NotReady("the server is shutting down"))
-                raise
+                await self._run_once()
             except Exception:
-                logger.exception("inference of %d rows of %s failed", len(batch.items), batch.model.name)
-                _fail_all(
-                    batch, InferenceFailed("the model could not be run on this input; the server's log has the cause")
-                )
-                continue
-            self._deliver(batch, answers, compute_s)
+                logger.exception("the engine met an error of its own; the %d rows that wait are refused", len(self._queue))
+                self._fail_waiting(InferenceFailed("the server met an error of its own; its log has the cause"))
+
+    async def _run_once(self) -> None:
+        batch = self._next_batch()
+        self.metrics.queue_rows.set(len(self._queue))
+        if batch is None:
+            self._arrived.clear()
+            await self._arrived.wait()
+            return
+        self.metrics.batch_rows.labels(batch.model.name).observe(len(batch.items))
+        start = self.clock()
+        try:
+            output = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
+            self._deliver(batch, output, self.clock() - start)
+        except Exception:
+            logger.exception("inference of %d rows of %s failed", len(batch.items), batch.model.name)
+            for item in batch.items:
+                _fail(item.ticket, InferenceFailed("the model could not be run on this; the server's log has the cause"))
 
     def _next_batch(self) -> _Batch | None:
-        """The oldest waiting row and the others that can run with it. Leaves out who has gone or expired."""
+        """The oldest waiting row and the others that want to run the same. Leaves out who has gone or expired."""
         now = self.clock()
         size = min(len(self._queue), self.max_batch)
-        head: tuple[ServedModel, Path | None] | None = None
-        target: Target | None = None
-        chosen: list[_Item] = []
+        steps: dict[tuple[int, Path | None], _Step] = {}  # rows of a request at one place want the same
+        head: tuple[ServedModel, Path, Segment] | None = None
+        chosen: list[tuple[_Item, _Step]] = []
         kept: deque[_Item] = deque()
-        while self._queue and len(chosen) < self.max_batch:
-            item = self._queue.popleft()
+        waiting = iter(self._queue)  # which stays whole until this batch stands
+        for item in waiting:
             ticket = item.ticket
             if ticket.done.done():
                 continue
             if ticket.wish.deadline_s is not None and now >= ticket.wish.deadline_s and ticket.queue_s is None:
                 _fail(ticket, DeadlineExpired("the latency budget ran out in the queue, before any block had run"))
                 continue
-            own = self._target(ticket, now, size)
-            key = (ticket.model, own.path if own else None)
-            if head is None:
-                head, target = key, own
-            if key == head:
-                chosen.append(item)
-            else:
+            step = steps.get((id(ticket), item.before))
+            if step is None:
+                step = steps[id(ticket), item.before] = self._step(item, now, size)
+            key = (ticket.model, step.path, step.segment)
+            head = head or key
+            if key != head:
                 kept.append(item)
-        kept.extend(self._queue)
+                continue
+            chosen.append((item, step))
+            if len(chosen) == self.max_batch:
+                break
+        kept.extend(waiting)
         self._queue = kept
         if head is None:
             return None
-        for ticket in {id(item.ticket): item.ticket for item in chosen}.values():
-            if ticket.queue_s is None:
-                ticket.queue_s = now - ticket.arrived_s
-        return _Batch(head[0], tuple(chosen), target)
+        for item, _ in chosen:
+            if item.ticket.queue_s is None:
+                item.ticket.queue_s = now - item.ticket.arrived_s
+        items, wanted = zip(*chosen, strict=True)
+        return _Batch(head[0], items, wanted)
 
-    def _target(self, ticket: _Ticket, now: float, rows: int) -> Target | None:
-        wish = ticket.wish
+    def _step(self, item: _Item, now: float, rows: int) -> _Step:
+        model, wish = item.ticket.model, item.ticket.wish
         if wish.min_confidence is not None:
-            return None
+            target, *further = model.climb if item.before is None else model.climb[model.climb.index(item.before) + 1 :]
+            upcoming = segment_between(target, further[0]) if further else None
+            return _Step(target, segment_between(item.before, target), None, upcoming)
         slack_s = None if wish.deadline_s is None else wish.deadline_s - now - self.reserve_s
-        return choose_target(ticket.model.manifest, wish, slack_s, rows, ticket.model.latency_s)
+        chosen = choose_target(model.manifest, wish, slack_s, rows, model.latency_s)
+        return _Step(chosen.path, Segment(chosen.path, embed=True), chosen.stopped_by)
 
-    def _run(self, batch: _Batch) -> tuple[list[RowAnswer], float]:
-        """In the inference thread: the answers of a batch and its seconds."""
-        start = self.clock()
-        x = np.stack([item.x for item in batch.items])
-        answers = self._climb(batch, x) if batch.target is None else self._run_path(batch, x, batch.target)
-        return answers, self.clock() - start
+    def _run(self, batch: _Batch) -> Output:
+        """In the inference thread."""
+        segment = batch.steps[0].segment
+        source = np.stack([item.x if segment.embed else item.source for item in batch.items])
+        keep_state = any(step.upcoming is not None and not step.upcoming.embed for step in batch.steps)
+        return batch.model.runner.run(segment.nodes, source, embed=segment.embed, keep_state=keep_state)
 
-    def _run_path(self, batch: _Batch, x: Rows, target: Target) -> list[RowAnswer]:
-        output = batch.model.runner.run(target.path, x, embed=True)
+    def _deliver(self, batch: _Batch, output: Output, compute_s: float) -> None:
+        """Give the rows that are done their answers; the others go back to the head of the queue."""
         assert output.logits is not None
-        # Rows that share a path may have come to it for different reasons: each keeps its own.
-        return [
-            self._answer(row, target.path, self._reason(item, target))
-            for row, item in zip(_probabilities(batch.model, target.path, output.logits), batch.items, strict=True)
-        ]
-
-    @staticmethod
-    def _reason(item: _Item, target: Target) -> StoppedBy:
-        wish = item.ticket.wish
-        if wish.path is not None:
-            return wish.asked_as
-        reference = item.ticket.model.manifest.reference
-        return "complete" if target.path == reference else "budget"
-
-    def _climb(self, batch: _Batch, x: Rows) -> list[RowAnswer]:
-        """Rung by rung with those rows that are not confident enough yet and have time for more."""
-        model, targets = batch.model, batch.model.climb
-        answers: list[RowAnswer | None] = [None] * len(batch.items)
-        active = np.arange(len(batch.items))
-        source: Rows = x
-        before: Path | None = None
-        for position, target in enumerate(targets):
-            segment = segment_between(before, target)
-            following = targets[position + 1] if position + 1 < len(targets) else None
-            upcoming = segment_between(target, following) if following is not None else None
-            output = model.runner.run(
-                segment.nodes,
-                x[active] if segment.embed else source,
-                embed=segment.embed,
-                keep_state=upcoming is not None and not upcoming.embed,
-            )
-            assert output.logits is not None
-            now = self.clock()
-            next_s = model.latency_s(upcoming, len(active)) + self.reserve_s if upcoming is not None else 0.0
-            going_on = []
-            for offset, probabilities in enumerate(_probabilities(model, target, output.logits)):
-                index = int(active[offset])
-                wish = batch.items[index].ticket.wish
-                assert wish.min_confidence is not None
-                stopped: StoppedBy | None = None
-                if probabilities.max() >= wish.min_confidence:
-                    stopped = "confidence"
-                elif upcoming is None:
-                    stopped = "complete"
-                elif wish.deadline_s is not None and now + next_s > wish.deadline_s:
-                    stopped = "budget"
-                if stopped is None:
-                    going_on.append(offset)
-                else:
-                    answers[index] = self._answer(probabilities, target, stopped)
-            if not going_on:
-                break
-            active = active[going_on]
-            if output.state is not None:
-                source = output.state[going_on]
-            before = target
-        assert all(answer is not None for answer in answers)
-        return [answer for answer in answers if answer is not None]
-
-    @staticmethod
-    def _answer(probabilities: NDArray[np.float32], path: Path, stopped_by: StoppedBy) -> RowAnswer:
-        label = int(probabilities.argmax())
-        return RowAnswer(label, float(probabilities[label]), probabilities, path, stopped_by)
-
-    def _deliver(self, batch: _Batch, answers: list[RowAnswer], compute_s: float) -> None:
-        for item, answer in zip(batch.items, answers, strict=True):
-            item.ticket.answers[item.index] = answer
-            self.metrics.answers.labels(batch.model.name, len(answer.path), answer.stopped_by).inc()
-        for ticket in {id(item.ticket): item.ticket for item in batch.items}.values():
+        model, path = batch.model, batch.steps[0].path
+        now = self.clock()
+        going_on: list[_Item] = []
+        tickets = {id(item.ticket): item.ticket for item in batch.items}.values()
+        for ticket in tickets:
             ticket.compute_s += compute_s
+        probabilities = _probabilities(model, path, output.logits)
+        labels = probabilities.argmax(axis=1)
+        for row, (item, step) in enumerate(zip(batch.items, batch.steps, strict=True)):
+            label = int(labels[row])
+            confidence = float(probabilities[row, label])
+            stopped_by = step.stopped_by or stops_climbing(
+                item.ticket.wish, confidence, step.upcoming, now, self.reserve_s, len(batch.items), model.latency_s
+            )
+            if stopped_by is None:
+                item.before = path
+                item.source = item.x if output.state is None else output.state[row]
+                going_on.append(item)
+            else:
+                item.ticket.answers[item.index] = RowAnswer(label, confidence, probabilities[row], path, stopped_by)
+                self.metrics.answers.labels(model.name, len(path), stopped_by).inc()
+        self._queue.extendleft(reversed(going_on))
+        for ticket in tickets:
             rows = tuple(answer for answer in ticket.answers if answer is not None)
             if len(rows) == len(ticket.answers) and not ticket.done.done():
-                self.metrics.queue_seconds.labels(batch.model.name).observe(ticket.queue_s or 0.0)
-                self.metrics.compute_seconds.labels(batch.model.name).observe(ticket.compute_s)
+                self.metrics.queue_seconds.labels(model.name).observe(ticket.queue_s or 0.0)
+                self.metrics.compute_seconds.labels(model.name).observe(ticket.compute_s)
                 ticket.done.set_result(Answer(rows, ticket.queue_s or 0.0, ticket.compute_s))
+
+    def _fail_waiting(self, error: ServiceError) -> None:
+        while self._queue:
+            _fail(self._queue.popleft().ticket, error)
 
 
 def _probabilities(model: ServedModel, path: Path, logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -301,11 +298,6 @@ def _probabilities(model: ServedModel, path: Path, logits: NDArray[np.float32]) 
     np.exp(scaled, out=scaled)
     scaled /= scaled.sum(axis=1, keepdims=True)
     return scaled
-
-
-def _fail_all(batch: _Batch, error: ServiceError) -> None:
-    for item in batch.items:
-        _fail(item.ticket, error)
 
 
 def _fail(ticket: _Ticket, error: ServiceError) -> None:

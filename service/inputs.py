@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from family.manifest import ImageInput, Manifest
 from service.errors import InvalidInput, MalformedInput
@@ -19,88 +19,108 @@ from service.runtime import Rows
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
-def decode_rows(inputs: Sequence[Any], manifest: Manifest, max_image_pixels: int) -> Rows:
-    """Decode the `inputs` of a request.
+class Decoder:
+    """Decodes the rows of one request; its images share one allowance of pixels.
 
     Raises:
         MalformedInput: base64 or an image cannot be parsed.
-        InvalidInput: another shape, type or range than the model wants, NaN or infinity.
+        InvalidInput: another shape, type or range than the model wants, NaN or infinity, too many pixels.
     """
-    rows = np.stack([_decode(row, index, manifest, max_image_pixels) for index, row in enumerate(inputs)])
-    if not np.isfinite(rows).all():
-        index = int(np.argwhere(~np.isfinite(rows))[0][0])
-        raise InvalidInput(f"inputs[{index}]: expected finite numbers, got NaN or infinity")
-    if manifest.image is not None and (rows.min() < 0 or rows.max() > 1):
+
+    def __init__(self, manifest: Manifest, max_image_pixels: int) -> None:
+        self._image = manifest.image
+        self._shape = manifest.input.shape[1:]
+        self._max_pixels = self._pixels_left = max_image_pixels
+
+    def decode(self, inputs: Sequence[Any]) -> Rows:
+        """All `inputs` as `(rows, *input_shape) float32`."""
+        rows = np.stack([self._row(row, f"inputs[{index}]") for index, row in enumerate(inputs)])
+        if not np.isfinite(rows).all():
+            index = int(np.argwhere(~np.isfinite(rows))[0][0])
+            raise InvalidInput(f"inputs[{index}]: expected finite numbers, got NaN or infinity")
+        if self._image is not None and (rows.min() < 0 or rows.max() > 1):
+            got = f"values from {rows.min():g} to {rows.max():g}"
+            raise InvalidInput(f"inputs: expected pixels between 0 (black) and 1 (white), got {got}")
+        return rows
+
+    def _row(self, row: Any, where: str) -> Rows:
+        shape = list(self._shape)
+        match row:
+            case list():
+                return self._from_list(row, where)
+            case {"image": text, **rest} if not rest:
+                if self._image is None:
+                    raise InvalidInput(f"{where}: this model does not take images, but arrays of shape {shape}")
+                return self._from_image(_base64(text, f"{where}.image"), f"{where}.image", self._image)
+            case {"tensor": text, "datatype": datatype, "shape": got_shape, **rest} if not rest:
+                return self._from_tensor(text, datatype, got_shape, where)
+        got = f"an object with {sorted(map(str, row))}" if isinstance(row, dict) else type(row).__name__
         raise InvalidInput(
-            f"inputs: expected pixels between 0 (black) and 1 (white), got values from {rows.min():g} to {rows.max():g}"
+            f'{where}: expected a nested list of shape {shape}, {{"image": base64}} or '
+            f'{{"tensor": base64, "datatype": "FP32", "shape": {shape}}}, got {got[:200]}'
         )
-    return rows
+
+    def _from_list(self, row: list[Any], where: str) -> Rows:
+        expected = f"{where}: expected numbers of shape {list(self._shape)}"
+        if len(row) != self._shape[0]:  # before numpy walks whatever it is
+            raise InvalidInput(f"{expected}, got shape [{len(row)}, ...]")
+        try:
+            values = np.array(row)
+        except (ValueError, OverflowError) as exc:
+            raise InvalidInput(f"{expected}, got lists of uneven lengths") from exc
+        if values.shape != self._shape:
+            raise InvalidInput(f"{expected}, got shape {list(values.shape)}")
+        if values.dtype.kind not in "fiu":
+            raise InvalidInput(f"{expected}, got other values among them")
+        with np.errstate(over="ignore"):  # becomes infinity, which is refused for all forms alike
+            return values.astype(np.float32)
+
+    def _from_tensor(self, text: Any, datatype: Any, shape: Any, where: str) -> Rows:
+        if datatype != "FP32":
+            raise InvalidInput(f"{where}.datatype: expected FP32, got {str(datatype)[:40]!r}")
+        if shape != list(self._shape):
+            raise InvalidInput(f"{where}.shape: expected {list(self._shape)}, got {str(shape)[:80]!r}")
+        data = _base64(text, f"{where}.tensor")
+        expected = 4 * int(np.prod(self._shape))
+        if len(data) != expected:
+            wanted = f"{expected} bytes for FP32 of shape {list(self._shape)}"
+            raise InvalidInput(f"{where}.tensor: expected {wanted}, got {len(data)}")
+        values: NDArray[np.float32] = np.frombuffer(data, "<f4").reshape(self._shape).astype(np.float32)
+        return values
+
+    def _from_image(self, data: bytes, where: str, wanted: ImageInput) -> Rows:
+        """Upright, on black, grey, resized, 0..1. The size in the header is checked before any pixel is decoded."""
+        too_many = f"{where}: expected at most {self._max_pixels} pixels in all images of a request"
+        try:
+            with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
+                self._pixels_left -= image.width * image.height
+                if self._pixels_left < 0:
+                    raise InvalidInput(f"{too_many}, got {image.width} x {image.height} here")
+                grey = _grey(ImageOps.exif_transpose(image))
+                resized = grey.resize((wanted.width, wanted.height), Image.Resampling.BILINEAR)
+        except UnidentifiedImageError as exc:
+            got = f"{len(data)} bytes of something else"
+            raise MalformedInput(f"{where}: expected a PNG, JPEG, WebP, BMP or GIF file, got {got}") from exc
+        except Image.DecompressionBombError as exc:
+            raise InvalidInput(f"{too_many}, got far more") from exc
+        except (OSError, SyntaxError, ValueError, EOFError) as exc:  # Pillow's words for a damaged file
+            raise MalformedInput(f"{where}: the image is damaged: {exc}") from exc
+        return np.asarray(resized, np.float32) / np.float32(255)
 
 
-def has_images(inputs: Sequence[Any]) -> bool:
-    """Whether decoding takes long enough to be kept off the event loop."""
-    return any(isinstance(row, dict) and "image" in row for row in inputs)
+def takes_long(inputs: Sequence[Any]) -> bool:
+    """Whether decoding takes long enough to be kept off the event loop: images, or many rows."""
+    return len(inputs) > 4 or any(isinstance(row, dict) and "image" in row for row in inputs)
 
 
-def _decode(row: Any, index: int, manifest: Manifest, max_image_pixels: int) -> Rows:
-    where, shape = f"inputs[{index}]", manifest.input.shape[1:]
-    if isinstance(row, list):
-        return _from_list(row, where, shape)
-    if isinstance(row, dict) and row.keys() == {"image"}:
-        if manifest.image is None:
-            raise InvalidInput(f"{where}: this model does not take images, but arrays of shape {list(shape)}")
-        return _from_image(_base64(row["image"], f"{where}.image"), f"{where}.image", manifest.image, max_image_pixels)
-    if isinstance(row, dict) and row.keys() == {"tensor", "datatype", "shape"}:
-        return _from_tensor(row, where, shape)
-    got = f"an object with {sorted(map(str, row))}" if isinstance(row, dict) else type(row).__name__
-    raise InvalidInput(
-        f'{where}: expected a nested list of shape {list(shape)}, {{"image": base64}} or '
-        f'{{"tensor": base64, "datatype": "FP32", "shape": {list(shape)}}}, got {got[:200]}'
-    )
-
-
-def _from_list(row: list[Any], where: str, shape: tuple[int, ...]) -> Rows:
-    try:
-        values = np.array(row)
-    except (ValueError, OverflowError) as exc:
-        raise InvalidInput(f"{where}: expected numbers of shape {list(shape)}, got lists of uneven lengths") from exc
-    if values.shape != shape:
-        raise InvalidInput(f"{where}: expected numbers of shape {list(shape)}, got shape {list(values.shape)}")
-    if values.dtype.kind not in "fiu":
-        raise InvalidInput(f"{where}: expected numbers, got other values among them")
-    with np.errstate(over="ignore"):  # becomes infinity, which is refused for all forms alike
-        return values.astype(np.float32)
-
-
-def _from_tensor(row: dict[str, Any], where: str, shape: tuple[int, ...]) -> Rows:
-    if row["datatype"] != "FP32":
-        raise InvalidInput(f"{where}.datatype: expected FP32, got {str(row['datatype'])[:40]!r}")
-    if row["shape"] != list(shape):
-        raise InvalidInput(f"{where}.shape: expected {list(shape)}, got {str(row['shape'])[:80]}")
-    data = _base64(row["tensor"], f"{where}.tensor")
-    expected = 4 * int(np.prod(shape))
-    if len(data) != expected:
-        raise InvalidInput(f"{where}.tensor: expected {expected} bytes for FP32 of shape {list(shape)}, got {len(data)}")
-    values: NDArray[np.float32] = np.frombuffer(data, "<f4").reshape(shape).astype(np.float32)
-    return values
-
-
-def _from_image(data: bytes, where: str, wanted: ImageInput, max_pixels: int) -> Rows:
-    """Grey, resized, 0..1. The size in the header is checked before any pixel is decoded."""
-    try:
-        with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise InvalidInput(f"{where}: expected at most {max_pixels} pixels, got {image.width} x {image.height}")
-            grey = image.convert("L").resize((wanted.width, wanted.height), Image.Resampling.BILINEAR)
-    except UnidentifiedImageError as exc:
-        raise MalformedInput(
-            f"{where}: expected a PNG, JPEG, WebP, BMP or GIF file, got {len(data)} bytes of something else"
-        ) from exc
-    except Image.DecompressionBombError as exc:
-        raise InvalidInput(f"{where}: expected at most {max_pixels} pixels, got far more") from exc
-    except (OSError, SyntaxError, ValueError, EOFError) as exc:  # Pillow's words for a damaged file
-        raise MalformedInput(f"{where}: the image is damaged: {exc}") from exc
-    return np.asarray(grey, np.float32) / np.float32(255)
+def _grey(image: Image.Image) -> Image.Image:
+    """As 8-bit grey: 16-bit values scaled, what is transparent black."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+        return Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", opaque.size, "black"), opaque).convert("L")
+    return image.convert("L")
 
 
 def _base64(text: Any, where: str) -> bytes:

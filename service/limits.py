@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,7 +13,7 @@ from service.responses import error_response
 
 
 class LimitBody:
-    """Refuses bodies longer than `max_bytes` and encodings that are not read.
+    """Refuses bodies longer than `max_bytes`, and content types and encodings that are not read.
 
     A request's `state` gets `arrived_s`, on the monotonic clock: budgets run from here.
     """
@@ -27,9 +28,8 @@ class LimitBody:
             await self._app(scope, receive, send)
             return
         scope.setdefault("state", {})["arrived_s"] = time.monotonic()
-        headers = dict(scope["headers"])
         try:
-            self._check_headers(headers)
+            self._check(scope["method"], scope["headers"])
         except (BodyTooLarge, MalformedInput, UnsupportedMedia) as error:
             await error_response(error, scope)(scope, receive, send)
             return
@@ -48,14 +48,22 @@ class LimitBody:
 
         await self._app(scope, limited_receive, send)
 
-    def _check_headers(self, headers: dict[bytes, bytes]) -> None:
-        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
-        if encoding.lower() != "identity":
-            raise UnsupportedMedia(f"expected a body without Content-Encoding, got {encoding[:40]!r}")
-        length = headers.get(b"content-length")
-        if length is None:
-            return
-        if not length.isdigit():
-            raise MalformedInput("expected Content-Length to be a number")
-        if len(length) > 18 or int(length) > self._max_bytes:
-            raise BodyTooLarge(f"expected a body of at most {self._max_bytes} bytes, got {length.decode()[:24]}")
+    def _check(self, method: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        content_type = b""
+        for name, value in headers:
+            if name == b"content-encoding" and value.lower() != b"identity":
+                raise UnsupportedMedia(f"expected a body without Content-Encoding, got {_shown(value)}")
+            if name == b"content-length":
+                if not value.isdigit():
+                    raise MalformedInput(f"expected Content-Length to be a number, got {_shown(value)}")
+                if len(value) > 18 or int(value) > self._max_bytes:
+                    raise BodyTooLarge(f"expected a body of at most {self._max_bytes} bytes, got {value.decode()[:24]}")
+            if name == b"content-type":
+                content_type = value
+        if method == "POST" and content_type.split(b";")[0].strip().lower() != b"application/json":
+            got = _shown(content_type) if content_type else "none"
+            raise UnsupportedMedia(f"expected Content-Type application/json, got {got}")
+
+
+def _shown(value: bytes) -> str:
+    return repr(value[:40].decode("latin-1"))

@@ -101,6 +101,22 @@ def choose_target(manifest: Manifest, wish: Wish, slack_s: float | None, rows: i
     return Target(path, "complete" if path == front[-1] else "budget")
 
 
+def stops_climbing(
+    wish: Wish, confidence: float, upcoming: Segment | None, now_s: float, reserve_s: float, rows: int, latency: Latency
+) -> StoppedBy | None:
+    """Why a row that just got an answer of this `confidence` climbs no further, or none if it goes on.
+
+    `upcoming` is what would run next (none: nothing deeper is better), in a batch of `rows`.
+    """
+    if wish.min_confidence is not None and confidence >= wish.min_confidence:
+        return "confidence"
+    if upcoming is None:
+        return "complete"
+    if wish.deadline_s is not None and now_s + latency(upcoming, rows) + reserve_s > wish.deadline_s:
+        return "budget"
+    return None
+
+
 def climb_targets(manifest: Manifest) -> tuple[Path, ...]:
     """The paths at which a climbing row gets an answer, each more accurate than the one before: the ladder's rungs,
     then the reference path. Where nothing of the ladder is offered: the Pareto front."""

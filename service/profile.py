@@ -46,8 +46,9 @@ def measure_profile(
     segments: Iterable[Segment],
     max_batch: int,
     clock: Callable[[], float],
-) -> LatencyProfile:
-    """Time every segment at batch sizes 1, 4, 16, ... and `max_batch`.
+    stop: Callable[[], bool] = lambda: False,
+) -> LatencyProfile | None:
+    """Time every segment at batch sizes 1, 4, 16, ... and `max_batch`; none if `stop` said so in between.
 
     `run(segment, rows)` does one inference. Each cell takes its first run as warm-up and then repeats for at least
     5 runs and 15 ms.
@@ -56,6 +57,8 @@ def measure_profile(
     cells = {}
     for segment in segments:
         for batch in batches:
+            if stop():
+                return None
             run(segment, batch)
             times: list[float] = []
             while len(times) < _LEAST_RUNS or (sum(times) < _CELL_S and len(times) < _MOST_RUNS):

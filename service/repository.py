@@ -40,8 +40,11 @@ class ServedModel:
     climb: tuple[Path, ...]
     profile: LatencyProfile | None = None
 
-    def warm_up(self, max_batch: int, clock: Callable[[], float]) -> None:
-        """Run every segment that a request can cause, at several batch sizes, and keep how long each took by `clock`."""
+    def warm_up(self, max_batch: int, clock: Callable[[], float], stop: Callable[[], bool]) -> None:
+        """Run every segment that a request can cause, at several batch sizes, and keep how long each took by `clock`.
+
+        Gives up, and leaves the model not warm, soon after `stop` says so.
+        """
         rng = np.random.default_rng(0)
         x = rng.random((max_batch, *self.manifest.input.shape[1:]), dtype=np.float32)
         state = rng.standard_normal((max_batch, *self.manifest.state.shape[1:]), dtype=np.float32)
@@ -50,7 +53,7 @@ class ServedModel:
             source = x if segment.embed else state
             self.runner.run(segment.nodes, source[:rows], embed=segment.embed)
 
-        self.profile = measure_profile(run, reachable_segments(self.manifest), max_batch, clock)
+        self.profile = measure_profile(run, reachable_segments(self.manifest), max_batch, clock, stop)
 
     def latency_s(self, segment: Segment, rows: int) -> float:
         """Predicted seconds of a run; 0 while the model is not warm."""

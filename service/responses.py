@@ -14,6 +14,7 @@ from service.errors import InvalidInput, MalformedInput, ServiceError
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_MESSAGE = 500
 _HTTP_CODES = {400: "malformed_input", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -47,9 +48,8 @@ async def on_validation_error(request: Request, exc: Exception) -> JSONResponse:
         return error_response(
             MalformedInput(f"the body is no JSON: {first['ctx']['error']} at byte {first['loc'][-1]}"), request.scope
         )
-    where = ".".join(
-        str(part) for part in first["loc"] if part != "body" and not str(part).startswith(("constrained", "literal"))
-    )
+    parts = (str(part)[:80] for part in first["loc"] if part != "body")
+    where = ".".join(part for part in parts if not part.startswith(("constrained", "literal")))  # branches of a union
     message = first["msg"].removeprefix("Value error, ")
     got = first.get("input")
     shown = f", got {got!r}"[:120] if isinstance(got, (str, int, float)) else ""
@@ -66,4 +66,8 @@ def _respond(
     scope: Scope, status: int, code: str, message: str, headers: dict[str, str], details: dict[str, object]
 ) -> JSONResponse:
     scope["app"].state.metrics.refusals.labels(code).inc()
+    # Messages quote what came: half a surrogate pair cannot be sent, a megabyte need not be.
+    message = message.encode("utf-8", "backslashreplace").decode()
+    if len(message) > _LONGEST_MESSAGE:
+        message = message[:_LONGEST_MESSAGE] + "..."
     return JSONResponse({"error": message, "code": code, **details}, status, headers)

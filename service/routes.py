@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from family.tree import format_path
 from service.engine import Answer, RowAnswer
 from service.errors import InvalidInput
-from service.inputs import decode_rows, has_images
+from service.inputs import Decoder, takes_long
 from service.metrics import Metrics
 from service.policy import Wish, resolve_path
 from service.profile import Segment
@@ -51,6 +51,10 @@ class Engine(Protocol):
         """Take no more requests and end."""
         ...
 
+    def require_room(self, rows: int) -> None:
+        """Raise what `submit` would raise for that many rows now."""
+        ...
+
     async def submit(self, model: ServedModel, x: Rows, wish: Wish, arrived_s: float) -> Answer:
         """See `service.engine.Engine.submit`."""
         ...
@@ -85,7 +89,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         400: "The body, a base64 string or an image cannot be parsed",
         404: "No such model",
         413: "The body is too long",
-        415: "A content encoding that is not read",
+        415: "A content type or encoding that is not read",
         422: "Well-formed and not valid: a shape, a range, a depth or path that is not offered",
         429: "Too many rows wait already; Retry-After says when to ask again",
         500: "The server met an error of its own",
@@ -95,7 +99,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Error, "description": meanings[status]} for status in statuses}
 
 
-router = APIRouter()
+router = APIRouter(redirect_slashes=False)
 
 
 @router.post(
@@ -115,8 +119,9 @@ async def predict(model: str, body: PredictRequest, request: Request, ctx: Ctx) 
     if budget_ms is None and path is None and body.min_confidence is None:
         budget_ms = ctx.settings.default_latency_budget_ms
     deadline_s = None if budget_ms is None else arrived_s + budget_ms / 1000
-    decode = (body.inputs, served.manifest, ctx.settings.max_image_pixels)
-    x = await run_in_threadpool(decode_rows, *decode) if has_images(body.inputs) else decode_rows(*decode)
+    ctx.engine.require_room(len(body.inputs))
+    decode = Decoder(served.manifest, ctx.settings.max_image_pixels).decode
+    x = await run_in_threadpool(decode, body.inputs) if takes_long(body.inputs) else decode(body.inputs)
     answer = await ctx.engine.submit(served, x, Wish(path, asked_as, body.min_confidence, deadline_s), arrived_s)
 
     labels = served.manifest.labels

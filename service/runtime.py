@@ -15,6 +15,8 @@ from family.tree import Path
 
 Rows = NDArray[np.float32]
 
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -42,15 +44,12 @@ class Runtime:
             self._session = ort.InferenceSession(str(file), options, providers=_providers(device))
         except Exception as exc:
             raise BundleError(f"{file} cannot be loaded by ONNX Runtime: {exc}") from exc
+        if device == "gpu" and self._session.get_providers()[0] != _CUDA:
+            raise BundleError("device gpu was asked for, but ONNX Runtime could not use CUDA: its log above says why")
         self._blocks = len(manifest.tree.nodes)
         self._no_x = np.zeros((0, *manifest.input.shape[1:]), np.float32)
         self._no_state = np.zeros((0, *manifest.state.shape[1:]), np.float32)
         self._flags = (np.array(False), np.array(True))
-
-    @property
-    def provider(self) -> str:
-        """The execution provider in use, such as `CPUExecutionProvider`."""
-        return str(self._session.get_providers()[0])
 
     def run(self, nodes: Path, source: Rows, *, embed: bool, predict: bool = True, keep_state: bool = False) -> Output:
         """Run the blocks of `nodes` in rising order.
@@ -79,8 +78,8 @@ class Runtime:
 
 def _providers(device: Literal["auto", "cpu", "gpu"]) -> list[str]:
     available = ort.get_available_providers()
-    if device == "gpu" and "CUDAExecutionProvider" not in available:
+    if device == "gpu" and _CUDA not in available:
         raise BundleError("device gpu was asked for, but this onnxruntime has no CUDA: pip install 'hbll-anytime[gpu]'")
-    if device != "cpu" and "CUDAExecutionProvider" in available:
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    return ["CPUExecutionProvider"]
+    if device != "cpu" and _CUDA in available:
+        return [_CUDA, _CPU]
+    return [_CPU]

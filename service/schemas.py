@@ -42,18 +42,23 @@ class PredictRequest(_Schema):
     """Inputs and, at most, one kind of wish about depth."""
 
     inputs: list[Row] = Field(min_length=1, description="one entry per row")
-    depth: Annotated[int, Field(ge=1)] | Literal["best", "full"] | None = Field(
+    depth: Annotated[int, Field(ge=1, strict=True)] | Literal["best", "full"] | None = Field(
         None,
         description="blocks to run: the offered path of that depth that is best on validation; best: the reference path",
     )
     path: str | None = Field(None, description="the nodes of an offered path, like 4-6-7")
     latency_budget_ms: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="time from the request's arrival to its answer"
+        None, gt=0, allow_inf_nan=False, strict=True, description="time from the request's arrival to its answer"
     )
     min_confidence: float | None = Field(
-        None, ge=0, le=1, allow_inf_nan=False, description="go deeper until the calibrated confidence is at least this"
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        strict=True,
+        description="go deeper until the calibrated confidence is at least this",
     )
-    probabilities: bool = Field(False, description="return the probability of every label")
+    probabilities: bool = Field(False, strict=True, description="return the probability of every label")
 
     model_config = ConfigDict(
         extra="forbid",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from export.bundle import export_bundle
 from family.manifest import Manifest, load_manifest
-from training.checkpoint import load_family
+from training.checkpoint import load_family, load_origin
 from training.config import RunConfig, TrainConfig, VitConfig
 from training.data import Digits, load_digits
 from training.trainer import train
@@ -51,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> Trained
     config = RunConfig(model=SMALL_VIT, train=TrainConfig(method="chains", budget=30, evaluations=2))
     train(config, root / "run", digits, lambda _: None)
     config, family, progress = load_family(root / "run")
-    export_bundle(config, family, progress, digits, root / "models" / "digits" / "1")
+    export_bundle(config, family, progress, load_origin(root / "run"), digits, root / "models" / "digits" / "1")
     return Trained(root / "run", root / "models")
 
 
@@ -77,23 +78,25 @@ def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         live.stop()
 
 
-def start_server(models: Path, folder: Path) -> LiveServer:
-    """Start `hbll serve` on a free port and wait until it says that it is ready."""
+def start_server(models: Path, folder: Path, settings: dict[str, str] | None = None, until: str = "ready") -> LiveServer:
+    """Start `hbll serve` on a free port and wait until it says that it is ready (or live)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder / "server.log"
     command = [sys.executable, "-m", "hbll", "serve", str(models), "--port", str(port)]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, text=True, env=os.environ | (settings or {})
+        )
     live = LiveServer(process, f"http://127.0.0.1:{port}", log)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{live.url}/health/ready").status_code == 200:
+            if httpx.get(f"{live.url}/health/{until}").status_code == 200:
                 return live
         except httpx.TransportError:
             pass
-        time.sleep(0.1)  # polls another process, which has no other way to tell us
+        time.sleep(0.05)  # polls another process, which has no other way to tell us
     process.kill()
     raise AssertionError(f"the server did not become ready:\n{log.read_text()}")

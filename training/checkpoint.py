@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import safetensors
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from training.config import ConfigError, RunConfig, parse_config
+from training.config import RunConfig, parse_config
 from training.model import Family, build_family
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -36,9 +38,22 @@ class Progress:
     evaluations: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What wrote a checkpoint: the source tree's git revision (none if not from a checkout) and library versions."""
+
+    git_revision: str | None
+    libraries: dict[str, str]
+
+    @classmethod
+    def here(cls) -> Origin:
+        """Of this process."""
+        return cls(_git_revision(), {name: version(name) for name in ("torch", "numpy", "mlxtend")})
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Make `path` hold `data`, or leave it as it was: written beside it, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is overwritten
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -65,7 +80,7 @@ def load_run_config(run: Path) -> RunConfig:
         return parse_config(json.loads(file.read_text(encoding="utf-8")), str(file))
     except OSError as exc:
         raise CheckpointError(f"{run} holds no training run: cannot read {file} ({exc.strerror})") from exc
-    except (UnicodeDecodeError, json.JSONDecodeError, ConfigError) as exc:
+    except (ValueError, RecursionError) as exc:  # not text, not JSON, not a configuration
         raise CheckpointError(f"{file} is not the configuration of a run: {exc}") from exc
 
 
@@ -75,7 +90,13 @@ def save_checkpoint(run: Path, family: Family, optimizer: torch.optim.Optimizer,
     for name, parameter in family.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{_OPTIMIZER}{name}.{key}"] = value
-    metadata = {"steps": str(progress.steps), "evaluations": str(progress.evaluations)}
+    origin = Origin.here()
+    metadata = {
+        "steps": str(progress.steps),
+        "evaluations": str(progress.evaluations),
+        "git_revision": origin.git_revision or "",
+        "libraries": json.dumps(origin.libraries),
+    }
     write_atomically(run / CHECKPOINT_FILE, save(tensors, metadata=metadata))
 
 
@@ -95,8 +116,8 @@ def load_checkpoint(run: Path, family: Family, optimizer: torch.optim.Optimizer 
             for name, parameter in family.named_parameters():
                 prefix = f"{_OPTIMIZER}{name}."
                 state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                if state:
-                    optimizer.state[parameter] = state
+                _check_moments(name, parameter, state)
+                optimizer.state[parameter] = state
     except (RuntimeError, KeyError, ValueError) as exc:
         raise CheckpointError(f"{file} does not fit the configuration beside it: {exc}") from exc
     return progress
@@ -112,6 +133,41 @@ def load_family(run: Path) -> tuple[RunConfig, Family, Progress]:
     family = build_family(config.model, config.train.seed)
     progress = load_checkpoint(run, family)
     return config, family.eval(), progress
+
+
+def load_origin(run: Path) -> Origin:
+    """What wrote the checkpoint of a run.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    file = run / CHECKPOINT_FILE
+    _, metadata = _read(file)
+    try:
+        return Origin(
+            metadata["git_revision"] or None, {str(k): str(v) for k, v in json.loads(metadata["libraries"]).items()}
+        )
+    except (KeyError, ValueError, AttributeError) as exc:
+        raise CheckpointError(f"{file} does not say what wrote it: {exc}") from exc
+
+
+def _check_moments(name: str, parameter: Tensor, state: dict[str, Tensor]) -> None:
+    """AdamW's fused kernel trusts these shapes and would write beyond a smaller tensor."""
+    moments = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size([])}
+    got = {key: tensor.shape for key, tensor in state.items()}
+    if got != moments or any(tensor.dtype != torch.float32 for tensor in state.values()):
+        raise ValueError(f"expected float32 optimizer state {moments} of {name}, got {got}")
+
+
+def _git_revision() -> str | None:
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -50,7 +50,7 @@ def train(
 
     \b
     Methods:
-      hbll+chains  HBLL steps for a share of the budget, then sampled chains (default)
+      hbll+chains  HBLL steps for a share of the budget, mixed with sampled chains for the rest (default)
       hbll         Hierarchical Block-Local Learning alone: no gradient leaves a block and its right parent
       chains       backpropagation through one sampled path a step, with every exit on the way
       bp           one ordinary network of --blocks blocks, the baseline

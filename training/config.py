@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+IMAGE_SIDE = 28
+"""Pixels; of the only data set so far."""
+
 Method = Literal["hbll+chains", "hbll", "chains", "bp"]
 
 
@@ -16,21 +19,25 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class VitConfig(_Section):
     """A pre-norm Vision Transformer on square grey images."""
 
     kind: Literal["vit"] = "vit"
-    hierarchy_depth: int = Field(3, ge=1, le=6, description="D; the family has 2**D - 1 blocks")
+    hierarchy_depth: int = Field(
+        3, ge=1, le=4, description="D; 2**D - 1 blocks. From 5 on there are too many paths to score"
+    )
     patch: int = Field(7, ge=1, description="side of a square patch in pixels; must divide the image side")
     width: int = Field(48, ge=1, description="features of a token")
     heads: int = Field(2, ge=1, description="attention heads; must divide the width")
     hidden: int = Field(96, ge=1, description="hidden features of a block's MLP")
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> VitConfig:
+    def _divides(self) -> VitConfig:
+        if IMAGE_SIDE % self.patch:
+            raise ValueError(f"patch must divide the image side {IMAGE_SIDE}, got {self.patch}")
         if self.width % self.heads:
             raise ValueError(f"heads must divide width, got width {self.width} and heads {self.heads}")
         return self
@@ -40,7 +47,9 @@ class MlpConfig(_Section):
     """The sigmoid MLP of the paper's MNIST experiment: no residuals, no normalisation."""
 
     kind: Literal["mlp"] = "mlp"
-    hierarchy_depth: int = Field(3, ge=1, le=6, description="D; the family has 2**D - 1 blocks")
+    hierarchy_depth: int = Field(
+        3, ge=1, le=4, description="D; 2**D - 1 blocks. From 5 on there are too many paths to score"
+    )
     width: int = Field(100, ge=1, description="units of every layer")
 
 
@@ -60,7 +69,9 @@ class TrainConfig(_Section):
     budget: float = Field(
         390, gt=0, description="block evaluations per training image (one: a block forward and backward on one row)"
     )
-    seed: int = Field(0, ge=0, description="of the initialisation, the order, the shifts, the chains and the noise")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="of the initialisation, the order, the shifts, the chains and the noise"
+    )
     batch: int = Field(32, ge=1)
     lr: float = Field(4e-3, gt=0, description="peak of AdamW's rate, after the warm-up and before the cosine to zero")
     weight_decay: float = Field(0.01, ge=0)

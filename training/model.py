@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from family.tree import Path, Tree
 from training.blocks import Init, SigmoidBlocks, StackedBlocks, TransformerBlocks, uniform_init
-from training.config import MlpConfig, VitConfig
+from training.config import IMAGE_SIDE, MlpConfig, VitConfig
 
-IMAGE_SIDE = 28
 CLASSES = 10
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081
 """Of MNIST's pixels scaled to 0..1; the normalisation is part of the embedding, so clients send plain pixels."""
@@ -56,8 +55,6 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, side: int, patch: int, width: int, init: Init, generator: torch.Generator) -> None:
         super().__init__()
-        if side % patch:
-            raise ValueError(f"patch must divide the image side {side}, got {patch}")
         self.grid, self.patch = side // patch, patch
         self.normalise = _Normalise()
         self.weight = nn.Parameter(init(width, patch * patch, fan_in=patch * patch))
@@ -103,11 +100,7 @@ class LinearHead(nn.Module):
 
 
 def build_family(config: VitConfig | MlpConfig, seed: int) -> Family:
-    """A freshly initialised family on the CPU; equal configurations and seeds give equal weights.
-
-    Raises:
-        ValueError: the patch does not divide the image side.
-    """
+    """A freshly initialised family on the CPU; equal configurations and seeds give equal weights."""
     generator = torch.Generator().manual_seed(seed)
     init = uniform_init(generator)
     tree = Tree(config.hierarchy_depth)

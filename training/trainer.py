@@ -1,8 +1,8 @@
 """The one training loop: batches, schedule, objective, validation, checkpoints, logs.
 
 Work is counted in block evaluations, so that methods which cost different amounts a step are given equal budgets.
-All randomness of a step comes from (seed, step) alone: a resumed run needs no stored generator and repeats an
-uninterrupted one exactly.
+All randomness of a step comes from (seed, step) alone: a resumed run needs no stored generator and, on the same machine
+with as many threads, repeats an uninterrupted one exactly.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from family import tree as algebra
 from training.checkpoint import (
     CHECKPOINT_FILE,
+    CONFIG_FILE,
     Progress,
     load_checkpoint,
     load_run_config,
@@ -89,17 +90,17 @@ def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report]
         TrainingDiverged: the loss is not finite.
     """
     settings = config.train
-    _claim(run, config, resume)
+    batches = _Batches(settings, data, config.data.shift)
     family = build_family(config.model, settings.seed)
+    _claim(run, config, resume)
     optimizer = torch.optim.AdamW(family.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     progress = load_checkpoint(run, family, optimizer) if (run / CHECKPOINT_FILE).exists() else Progress()
     history = History.read(run / LOG_FILE, progress.steps)
     paths = trained_paths(config, family.tree, watched_paths(family.tree))
-    budget = round(settings.budget * len(data.train))
-    batches = _Batches(settings, data, config.data.shift)
+    budget = max(1, round(settings.budget * len(data.train)))
     generator = torch.Generator()
 
-    with SummaryWriter(str(run / "tensorboard"), purge_step=progress.steps) as board:
+    with SummaryWriter(str(run / "tensorboard"), purge_step=progress.steps + 1) as board:
         while progress.evaluations < budget:
             share = progress.evaluations / budget
             rng = np.random.default_rng([settings.seed, progress.steps, 1])
@@ -110,10 +111,7 @@ def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report]
             optimizer.zero_grad(set_to_none=False)
             step = take_step(settings, family, x, y, rng, generator)
             loss = step.loss.item()
-            if not math.isfinite(loss):
-                raise TrainingDiverged(
-                    f"the loss is {loss} at step {progress.steps}; the last checkpoint is intact. Try a lower train.lr"
-                )
+            _require_finite(loss, "loss", progress.steps)
             optimizer.step()
             progress = Progress(progress.steps + 1, progress.evaluations + step.evaluations)
 
@@ -123,6 +121,7 @@ def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report]
                 family.eval()
                 scores = score_paths(family, data.validation, paths)
                 family.train()
+                _require_finite(sum(result.loss for result in scores.values()), "validation loss", progress.steps)
                 history.append(_log_row(progress.steps, done, optimizer.param_groups[0]["lr"], loss, scores))
                 for path, result in scores.items():
                     board.add_scalar(f"validation_accuracy/{algebra.format_path(path)}", result.accuracy, progress.steps)
@@ -130,6 +129,11 @@ def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report]
             board.add_scalar("train/loss", loss, progress.steps)
             on_step(Report(progress.steps, min(1.0, done), loss, scores))
     return family.eval()
+
+
+def _require_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise TrainingDiverged(f"the {name} is {value} at step {step}; the last checkpoint is intact. Try a lower train.lr")
 
 
 def learning_rate(settings: TrainConfig, step: int, share: float) -> float:
@@ -184,7 +188,7 @@ class _Batches:
 def _claim(run: Path, config: RunConfig, resume: bool) -> None:
     """Make the run's folder ours: a new one, or with `resume` the one that the same configuration started."""
     run.mkdir(parents=True, exist_ok=True)
-    if (run / CHECKPOINT_FILE).exists() or ((run / "config.json").exists() and resume):
+    if (run / CHECKPOINT_FILE).exists() or ((run / CONFIG_FILE).exists() and resume):
         if not resume:
             raise ConfigError(f"{run} already holds a run: add --resume to go on with it, or choose another --out")
         before = load_run_config(run)

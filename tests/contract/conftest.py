@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 
@@ -35,7 +36,9 @@ class Client:
         return self.request("GET", url)
 
     def predict(self, body: object, model: str = "digits") -> httpx.Response:
-        return self.request("POST", f"/v1/models/{model}/predict", json=body)
+        content = json.dumps(body).encode()  # ASCII: what cannot be sent as UTF-8 is escaped
+        headers = {"content-type": "application/json"}
+        return self.request("POST", f"/v1/models/{model}/predict", content=content, headers=headers)
 
     def close(self) -> None:
         self._call(self._http.aclose())

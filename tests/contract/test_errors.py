@@ -36,6 +36,12 @@ def _truncated_png() -> bytes:
     return file.getvalue()[: len(file.getvalue()) // 2]
 
 
+def _large_png() -> bytes:
+    file = io.BytesIO()
+    Image.new("1", (3000, 3000)).save(file, "PNG")
+    return file.getvalue()
+
+
 def _tensor(**changes: object) -> dict[str, object]:
     return {"tensor": _b64(b"\0" * 4 * 784), "datatype": "FP32", "shape": [28, 28]} | changes
 
@@ -64,7 +70,7 @@ INVALID = {
     "empty inputs": ({"inputs": []}, "at least 1 item"),
     "inputs no list": ({"inputs": "x"}, "inputs: Input should be a valid list"),
     "wrong shape": ({"inputs": [[[0.5] * 27] * 28]}, "expected numbers of shape [28, 28], got shape [28, 27]"),
-    "flat": ({"inputs": [[0.5] * 784]}, "got shape [784]"),
+    "flat": ({"inputs": [[0.5] * 784]}, "got shape [784, ...]"),
     "ragged": ({"inputs": [[[0.5] * 28] * 27 + [[0.5]]]}, "uneven lengths"),
     "a number": ({"inputs": [3]}, "expected a nested list of shape [28, 28]"),
     "null": ({"inputs": [None]}, "got NoneType"),
@@ -83,10 +89,22 @@ INVALID = {
         {"inputs": [_tensor(tensor=_b64(b"\0" * 8))]},
         "expected 3136 bytes for FP32 of shape [28, 28], got 8",
     ),
-    "tensor shape": ({"inputs": [_tensor(shape=[784])]}, "shape: expected [28, 28], got [784]"),
+    "tensor shape": ({"inputs": [_tensor(shape=[784])]}, "shape: expected [28, 28], got '[784]'"),
     "tensor datatype": ({"inputs": [_tensor(datatype="FP64")]}, "datatype: expected FP32, got 'FP64'"),
     "tensor NaN": ({"inputs": [_tensor(tensor=_b64(struct.pack("<f", float("nan")) * 784))]}, "got NaN or infinity"),
-    "huge image": ({"inputs": [{"image": _b64(_png(5000, 5000))}]}, "expected at most 16000000 pixels, got 5000 x 5000"),
+    "huge together": (
+        {"inputs": [{"image": _b64(_large_png())}] * 2},
+        "inputs[1].image: expected at most 16000000 pixels in all images",
+    ),
+    "depth true": ({"inputs": [GOOD], "depth": True}, "depth"),
+    "depth text": ({"inputs": [GOOD], "depth": "3"}, "depth"),
+    "budget text": ({"inputs": [GOOD], "latency_budget_ms": "5"}, "latency_budget_ms: Input should be a valid number"),
+    "budget true": ({"inputs": [GOOD], "latency_budget_ms": True}, "latency_budget_ms: Input should be a valid number"),
+    "probabilities text": ({"inputs": [GOOD], "probabilities": "yes"}, "probabilities: Input should be a valid boolean"),
+    "half a surrogate": ({"inputs": [_tensor(shape="\ud800")]}, "shape: expected [28, 28]"),
+    "depth huge": ({"inputs": [GOOD], "depth": 10**4000}, "depth"),
+    "member huge": ({"inputs": [GOOD], "x" * 100_000: 1}, "Extra inputs are not permitted"),
+    "huge image": ({"inputs": [{"image": _b64(_png(5000, 5000))}]}, "in all images of a request, got 5000 x 5000 here"),
     "image bomb": ({"inputs": [{"image": _b64(_png(60_000, 60_000))}]}, "expected at most 16000000 pixels"),
     "too many rows": ({"inputs": [_tensor()] * 41}, "expected at most 40 rows, got 41"),
     "depth 0": ({"inputs": [GOOD], "depth": 0}, "depth: Input should be greater than or equal to 1, got 0"),
@@ -174,6 +192,7 @@ def test_an_unknown_model_is_404_and_names_the_known(client: Client) -> None:
 
 def test_unknown_routes_and_methods_have_the_shape_too(client: Client) -> None:
     check(client, client.get("/v1/nothing"), 404, "there is nothing at /v1/nothing")
+    check(client, client.get("/v1/models/"), 404, "there is nothing at /v1/models/")
     check(client, client.get("/v1/models/digits/predict"), 405, "GET is not possible")
 
 
@@ -193,6 +212,20 @@ def test_an_encoded_body_is_415(client: Client) -> None:
     headers = {"content-encoding": "gzip", "content-type": "application/json"}
     response = client.request("POST", "/v1/models/digits/predict", content=b"x", headers=headers)
     check(client, response, 415, "expected a body without Content-Encoding, got 'gzip'")
+
+
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "text/plain", "multipart/form-data"])
+def test_what_is_not_announced_as_json_is_415(client: Client, content_type: str | None) -> None:
+    """`curl -d` without `-H` sends the second of these."""
+    headers = {"content-type": content_type} if content_type else {}
+    response = client.request("POST", "/v1/models/digits/predict", content=b'{"inputs": []}', headers=headers)
+    check(client, response, 415, "expected Content-Type application/json, got")
+
+
+def test_json_may_be_announced_with_a_charset(client: Client) -> None:
+    headers = {"content-type": "Application/JSON; charset=utf-8"}
+    content = json.dumps({"inputs": [GOOD]}).encode()
+    assert client.request("POST", "/v1/models/digits/predict", content=content, headers=headers).status_code == 200
 
 
 def test_a_full_queue_is_429_with_retry_after(client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,8 @@ GOOD = [[0.5] * 28] * 28
 
 def hbll(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hbll", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "140", "PATH": ""})
+    environment = {"COLUMNS": "140", "PATH": ""}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
 
 
 @pytest.fixture
@@ -100,6 +102,35 @@ def test_half_a_body_and_a_hang_up_do_not_disturb_others(server: LiveServer) -> 
     assert httpx.post(f"{server.url}/v1/models/digits/predict", json={"inputs": [GOOD]}).status_code == 200
 
 
+def test_sigterm_does_not_wait_for_ever_for_a_client_that_holds_half_a_body(trained: Trained, tmp_path: Path) -> None:
+    server = start_server(trained.models, tmp_path)
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as connection:
+        connection.sendall(
+            b"POST /v1/models/digits/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n\r\n{"
+        )
+        assert httpx.get(f"{server.url}/health/live").status_code == 200  # so the half request has been read before
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(timeout=30)
+
+
+def test_tight_limits_do_not_keep_a_server_from_becoming_ready(trained: Trained, tmp_path: Path) -> None:
+    """The server's own warm-up requests are refused here, and that must not matter."""
+    settings = {"HBLL_DEFAULT_LATENCY_BUDGET_MS": "0.1", "HBLL_MAX_BODY_BYTES": "2048", "HBLL_MAX_IMAGE_PIXELS": "100"}
+    server = start_server(trained.models, tmp_path, settings)
+    assert server.stop() in (0, -15)
+
+
+def test_sigterm_during_the_warm_up_ends_the_server_soon(trained: Trained, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    for name in ("a", "b", "c", "d", "e", "f"):
+        shutil.copytree(trained.bundle, models / name / "1")
+    server = start_server(models, tmp_path, until="live")
+    assert httpx.get(f"{server.url}/health/ready").status_code == 503
+    assert server.stop() in (0, -15)
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_sigterm_ends_the_server_in_order(trained: Trained, tmp_path: Path) -> None:
     server = start_server(trained.models, tmp_path)
     assert httpx.get(f"{server.url}/health/live").json() == {"live": True}
@@ -135,9 +166,16 @@ def test_the_server_does_not_start_on_a_damaged_bundle(trained: Trained, tmp_pat
 
 def test_a_bad_setting_stops_start_up_and_is_named(trained: Trained) -> None:
     command = [sys.executable, "-m", "hbll", "serve", str(trained.models)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={"HBLL_MAX_BATCH": "many"})
-    assert done.returncode == 1
-    assert "wrong setting: max_batch: Input should be a valid integer" in done.stderr
+    for variable, value, message in (
+        ("HBLL_MAX_BATCH", "many", "wrong setting: max_batch: Input should be a valid integer"),
+        ("HBLL_MAX_BACTH", "8", "unknown variable HBLL_MAX_BACTH: expected some of HBLL_DEFAULT_LATENCY_BUDGET_MS"),
+        ("HBLL_MAX_QUEUE_ROWS", "10", "max_request_rows must be at most max_queue_rows, got 256 and 10"),
+    ):
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=120, env={variable: value, "COLUMNS": "500"}
+        )
+        assert done.returncode == 1
+        assert message in done.stderr
 
 
 def test_inspect_and_verify_show_a_whole_bundle(trained: Trained) -> None:

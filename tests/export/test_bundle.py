@@ -10,19 +10,23 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
 
+import export.verify
 from export.bundle import choose_paths, costs, export_bundle
 from export.graph import ALIGNMENT
 from export.verify import verify_bundle
 from family.manifest import BundleError, check_files, load_manifest
 from family.tree import InvalidPath, Tree, format_path
 from tests.conftest import Trained
-from training.checkpoint import load_family
+from training.checkpoint import Origin, Progress, load_family, load_origin
+from training.config import MlpConfig, RunConfig, TrainConfig
 from training.data import Digits
+from training.model import build_family
 
 
 def test_the_bundle_is_whole_and_holds_every_path(trained: Trained) -> None:
@@ -51,6 +55,9 @@ def test_weights_lie_once_and_aligned(trained: Trained) -> None:
                 place = int(entries["offset"]), int(entries["length"])
                 assert places.setdefault(tensor.name, place) == place
                 assert place[0] % ALIGNMENT == 0
+            elif tensor.data_type == onnx.TensorProto.FLOAT:
+                assert tensor.name == "no_logits" or not tensor.dims, f"{tensor.name} is a weight inside {file.name}"
+    assert sum(length for _, length in places.values()) >= 0.95 * 4 * trained.manifest.offered[Tree(3).full].parameters
     spans = sorted(places.values())
     assert all(a + length <= b for (a, length), (b, _) in pairwise(spans))
     assert (trained.bundle / "weights.bin").stat().st_size == spans[-1][0] + spans[-1][1]
@@ -84,14 +91,38 @@ def test_graphs_carry_no_paths_of_the_machine_that_made_them(trained: Trained) -
 
 def test_an_existing_bundle_is_kept_unless_replaced(trained: Trained, digits: Digits, tmp_path: Path) -> None:
     target = tmp_path / "1"
-    target.mkdir()
-    (target / "precious").write_text("x")
-    loaded = load_family(trained.run)
+    shutil.copytree(trained.bundle, target)
+    loaded = (*load_family(trained.run), load_origin(trained.run))
     with pytest.raises(BundleError, match="add --replace"):
         export_bundle(*loaded, digits, target)
+    assert len(load_manifest(target).offered) == 25
     export_bundle(*loaded, digits, target, paths="4", replace=True)
     assert [format_path(path) for path in load_manifest(target).offered] == ["4"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(trained: Trained, digits: Digits, tmp_path: Path) -> None:
+    """`--replace` on models/digits, the version forgotten, once deleted all versions."""
+    shutil.copytree(trained.bundle, tmp_path / "digits" / "1")
+    loaded = (*load_family(trained.run), load_origin(trained.run))
+    with pytest.raises(BundleError, match="is no bundle, so it is not replaced"):
+        export_bundle(*loaded, digits, tmp_path / "digits", paths="4", replace=True)
+    check_files(tmp_path / "digits" / "1", trained.manifest)
+
+
+def test_a_bundle_that_a_killed_replacement_put_aside_comes_back(trained: Trained, digits: Digits, tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    shutil.copytree(trained.bundle, tmp_path / f".1.{ended.pid}.old")
+    (tmp_path / f".1.{ended.pid}.new").mkdir()
+    (tmp_path / f".1.5.{ended.pid}.new").mkdir()  # of another target, 1.5
+    (tmp_path / f".1.{os.getpid()}.new").mkdir()  # of a live process
+    loaded = (*load_family(trained.run), load_origin(trained.run))
+    with pytest.raises(BundleError, match="add --replace"):
+        export_bundle(*loaded, digits, tmp_path / "1")
+    check_files(tmp_path / "1", trained.manifest)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {"1", f".1.5.{ended.pid}.new", f".1.{os.getpid()}.new"}
 
 
 def test_a_failed_export_leaves_nothing(
@@ -105,7 +136,7 @@ def test_a_failed_export_leaves_nothing(
     real = verify_bundle
     monkeypatch.setattr("export.bundle.verify_bundle", lambda b, m, _, advance: real(b, m, other, advance))
     with pytest.raises(BundleError, match=r"path 4 and the torch model differ by .*, expected at most 0.0001"):
-        export_bundle(config, family, progress, digits, tmp_path / "1", paths="4")
+        export_bundle(config, family, progress, load_origin(trained.run), digits, tmp_path / "1", paths="4")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -115,11 +146,11 @@ def test_a_killed_export_leaves_nothing_half_written(trained: Trained, tmp_path:
     command = [sys.executable, "-m", "hbll", "export", str(trained.run), str(target), "--paths", "ladder"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("models/digits/.1.*.tmp")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        while not list(tmp_path.glob("models/digits/.1.*.new/family.onnx")) and time.monotonic() < deadline:
+            time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
     assert not target.exists()
-    assert list(tmp_path.glob("models/digits/.1.*.tmp"))
+    assert list(tmp_path.glob("models/digits/.1.*.new/weights.bin"))
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert [file.name for file in target.parent.iterdir()] == ["1"]
@@ -136,6 +167,48 @@ def test_verify_finds_graphs_that_differ(trained: Trained, tmp_path: Path) -> No
     b.write_bytes(first)
     with pytest.raises(BundleError, match=r"path 4 and the gated graph differ"):
         verify_bundle(bundle, trained.manifest, None, lambda _: None)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_sigmoid_network_exports_too(depth: int, digits: Digits, tmp_path: Path) -> None:
+    config = RunConfig(model=MlpConfig(hierarchy_depth=depth, width=12))
+    family = build_family(config.model, seed=1)
+    exported = export_bundle(config, family, Progress(), Origin.here(), digits, tmp_path / "1")
+    assert len(exported.differences) == Tree(depth).count_paths()
+
+
+def test_a_single_network_exports_its_one_path(digits: Digits, tmp_path: Path) -> None:
+    config = RunConfig(model=MlpConfig(hierarchy_depth=2, width=12), train=TrainConfig(method="bp", blocks=3))
+    exported = export_bundle(config, build_family(config.model, 1), Progress(), Origin.here(), digits, tmp_path / "1")
+    assert list(exported.manifest.offered) == [(1, 2, 3)]
+    with pytest.raises(BundleError, match="trained no path of the ladder: it has 1-2-3"):
+        export_bundle(
+            config, build_family(config.model, 1), Progress(), Origin.here(), digits, tmp_path / "2", paths="ladder"
+        )
+
+
+def test_a_family_that_gives_nan_is_not_exported(digits: Digits, tmp_path: Path) -> None:
+    config = RunConfig(model=MlpConfig(hierarchy_depth=1, width=12))
+    family = build_family(config.model, seed=1)
+    with torch.no_grad():
+        family.blocks.get_parameter("bias").fill_(float("nan"))
+    with pytest.raises(BundleError, match="path 1 of this family gives NaN"):
+        export_bundle(config, family, Progress(), Origin.here(), digits, tmp_path / "1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_does_not_take_nan_for_equal(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """max(0, NaN) is 0: a graph that gave nothing but NaN once passed."""
+    real = export.verify._run_gated
+    monkeypatch.setattr("export.verify._run_gated", lambda *a, **k: tuple(v * np.float32("nan") for v in real(*a, **k)))
+    with pytest.raises(BundleError, match="path 4 and the gated graph differ by inf"):
+        verify_bundle(trained.bundle, trained.manifest, None, lambda _: None)
+
+
+def test_verify_refuses_a_checkpoint_of_another_tree(trained: Trained) -> None:
+    other = build_family(MlpConfig(hierarchy_depth=2, width=12), seed=1)
+    with pytest.raises(BundleError, match="has hierarchy depth 3, the checkpoint 2"):
+        verify_bundle(trained.bundle, trained.manifest, other, lambda _: None)
 
 
 ACCURACIES = {path: 0.5 + 0.01 * len(path) for path in Tree(3).paths()}

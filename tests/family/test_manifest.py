@@ -71,7 +71,9 @@ def test_a_missing_manifest_says_what_makes_one(tmp_path: Path) -> None:
         load_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "[" * 100_000, '{"a": NaN}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1]", "null", "[" * 100_000, '{"a": NaN}', '{"a": "\\ud800"}', '{"a": ' + "9" * 5000 + "}"]
+)
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST_FILE).write_text(content)
     with pytest.raises(BundleError, match=MANIFEST_FILE):
@@ -82,7 +84,7 @@ def test_another_major_version_is_refused_and_a_minor_one_is_not(bundle: Path) -
     _edit(bundle, format_version="2.0")
     with pytest.raises(BundleError, match=r"expected format version 1.x, got 2.0"):
         load_manifest(bundle)
-    _edit(bundle, format_version="1.7")
+    _edit(bundle, format_version="1.7", thresholds={"0.01": 0.9})
     assert load_manifest(bundle).format_version == "1.7"
 
 
@@ -91,6 +93,28 @@ def test_a_file_outside_the_bundle_cannot_be_named(bundle: Path, name: str) -> N
     files = load_manifest(bundle).files
     _edit(bundle, files={**files, name: "0" * 64})
     with pytest.raises(BundleError, match=r"files\."):
+        load_manifest(bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "02"}, "expected path 2 in path_2.onnx, got 02 in path_2.onnx"),
+        ({"file": "weights.bin"}, "expected path 2 in path_2.onnx, got 2 in weights.bin"),
+    ],
+)
+def test_a_path_has_one_name_and_one_file(bundle: Path, changes: dict[str, str], message: str) -> None:
+    content = json.loads((bundle / MANIFEST_FILE).read_text())
+    entry = next(entry for entry in content["paths"] if entry["path"] == "2")
+    entry |= changes
+    _edit(bundle, paths=content["paths"])
+    with pytest.raises(BundleError, match=message):
+        load_manifest(bundle)
+
+
+def test_a_shape_without_axes_is_refused(bundle: Path) -> None:
+    _edit(bundle, output={"name": "logits", "datatype": "FP32", "shape": []})
+    with pytest.raises(BundleError, match=r"output.shape"):
         load_manifest(bundle)
 
 

@@ -227,6 +227,69 @@ def test_a_failing_model_fails_its_requests_and_not_the_engine() -> None:
     run(test)
 
 
+def test_a_surprise_in_the_engine_is_logged_and_fails_who_waits_and_not_the_engine(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error outside of the model once ended the loop in silence: the request hung and later ones got 503."""
+
+    async def test() -> None:
+        async with bench() as b:
+            monkeypatch.setattr("service.engine.choose_target", lambda *_: 1 / 0)
+            with pytest.raises(InferenceFailed):
+                await b.ask(0.1)
+            monkeypatch.undo()
+            assert (await b.ask(0.1)).rows
+            assert b.engine.ready
+
+    run(test)
+    assert "the engine met an error of its own" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_row_that_stops_does_not_wait_for_those_that_climb_on() -> None:
+    """A row with a budget was once delivered only when its whole batch had ended its climb, late."""
+
+    async def test() -> None:
+        async with bench() as b:
+            tasks: list[asyncio.Task[Answer]] = []
+            finished: list[float] = []
+            began_s = b.clock.now_s
+
+            async def start() -> None:
+                tasks.append(b.ask(0.1, min_confidence=0.99, budget_s=0.0045))
+                tasks.append(b.ask(0.1, min_confidence=0.99))
+                for task in tasks:
+                    task.add_done_callback(lambda _: finished.append(b.clock.now_s - began_s))
+
+            await b.held(start)
+            hurried, patient = [await task for task in tasks]
+            assert hurried.rows[0].stopped_by == "budget"
+            assert hurried.rows[0].path == (4, 6, 7)  # 1 ms of the run before, then three rungs
+            assert finished[0] == pytest.approx(0.004)
+            assert patient.rows[0].stopped_by == "complete"
+            assert finished[1] == pytest.approx(0.011)
+
+    run(test)
+
+
+def test_newcomers_join_between_rungs() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.runner.go.clear()
+            b.runner.began.clear()
+            first = b.ask(0.1, min_confidence=0.99)
+            await asyncio.to_thread(b.runner.began.wait, 30)
+            second = b.ask(0.85, path=(4,))
+            await asyncio.sleep(0)
+            b.runner.go.set()
+            await asyncio.gather(first, second)
+            # the climbing row keeps its place at the head; the newcomer does not wait for a second climb
+            assert [nodes for nodes, _, _ in b.runner.runs][:3] == [(4,), (6,), (7,)]
+            assert sum(count for _, count, _ in b.runner.runs) == 5
+
+    run(test)
+
+
 def test_stopping_refuses_who_waits_and_loses_none() -> None:
     async def test() -> None:
         async with bench() as b:
@@ -240,9 +303,9 @@ def test_stopping_refuses_who_waits_and_loses_none() -> None:
             await asyncio.sleep(0)
             b.runner.go.set()
             await stopping
-            for task in (running, waiting):
-                with pytest.raises(NotReady):
-                    await task
+            assert len((await running).rows) == 1
+            with pytest.raises(NotReady):
+                await waiting
             with pytest.raises(NotReady):
                 await b.ask(0.3)
 

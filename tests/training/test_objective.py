@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -175,6 +176,45 @@ def test_sampling_is_half_ladder_and_uniform_over_depth() -> None:
     counts = np.bincount(others, minlength=8)[1:]
     assert abs(len(paths) - len(others) - (3500 + 100)) < 200  # the ladder is also one of the five paths of depth 3
     assert all(abs(count - 500) < 90 for depth, count in enumerate(counts, 1) if depth != 3)
+
+
+def test_sampling_is_uniform_within_a_depth() -> None:
+    rng, tree = np.random.default_rng(0), Tree(3)
+    five = Counter(path for path in (sample_chain(tree, rng) for _ in range(14_000)) if len(path) == 5)
+    assert len(five) == 6
+    assert all(abs(count - 1000 / 6) < 60 for count in five.values())
+
+
+def test_noise_has_the_papers_scale() -> None:
+    """The posterior's standard deviation is sigma / sqrt(2): with a block that passes its state on, the child sees it."""
+    family = build_family(MlpConfig(hierarchy_depth=1, width=4), seed=0)
+    seen = []
+    randn = torch.randn
+
+    def recording(*shape: object, **options: object) -> Tensor:
+        seen.append(randn(*shape, **options))
+        return seen[-1]
+
+    states = _children_input(family, noise=0.3, recording=recording)
+    quiet = _children_input(family, noise=0.0, recording=recording)
+    torch.testing.assert_close(states - quiet, 0.3 / 2**0.5 * seen[0][0])
+
+
+def _children_input(family: Family, noise: float, recording: object) -> Tensor:
+    """What the root's children would read: the one write into the states after the embedding."""
+    written = []
+    new_empty = Tensor.new_empty
+
+    def keeping(self: Tensor, *shape: object) -> Tensor:
+        written.append(new_empty(self, *shape))
+        return written[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", keeping)
+        patch.setattr(torch, "randn", recording)
+        x, y = torch.rand(5, 28, 28, generator=torch.Generator().manual_seed(1)), torch.arange(5)
+        hbll_step(family, x, y, nudge=0.0, noise=noise, generator=torch.Generator().manual_seed(2))
+    return written[0][1].clone()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])

@@ -13,8 +13,8 @@ import torch
 
 from tests.conftest import SMALL_VIT
 from training.checkpoint import CHECKPOINT_FILE, load_family
-from training.config import ConfigError, MlpConfig, RunConfig, TrainConfig
-from training.data import Digits
+from training.config import ConfigError, DataConfig, MlpConfig, RunConfig, TrainConfig
+from training.data import Digits, load_digits
 from training.trainer import LOG_FILE, Report, TrainingDiverged, learning_rate, train
 
 SHORT = TrainConfig(budget=6, evaluations=3, hbll_share=0.5)
@@ -57,13 +57,15 @@ def test_a_killed_process_loses_at_most_one_interval(tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while not (run / LOG_FILE).exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.3)
         os.kill(process.pid, signal.SIGKILL)
     _, _, progress = load_family(run)
     with (run / LOG_FILE).open() as log:
         last = list(csv.DictReader(log))[-1]
     # The log's row is written just before its checkpoint: at most that one interval, a twentieth, is lost.
     assert float(last["share"]) * 60 * 3000 - progress.evaluations <= 1.1 * 60 * 3000 / 20
+    with (run / LOG_FILE).open() as log:
+        shares = [float(row["share"]) for row in csv.DictReader(log)]
+    assert shares == pytest.approx([n / 20 for n in range(1, len(shares) + 1)], abs=0.005)
     finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert load_family(run)[2].evaluations >= 60 * 3000
@@ -78,24 +80,19 @@ def test_seeds_decide_everything(tmp_path: Path, digits: Digits) -> None:
     assert not all(torch.equal(a[name], c[name]) for name in a)
 
 
-def test_training_learns(tmp_path: Path, digits: Digits) -> None:
+def test_training_learns(tmp_path: Path) -> None:
     """Centred digits and a few seconds: far above chance at every depth."""
     scores = {}
 
     def keep(report: Report) -> None:
         scores.update(report.scores or {})
 
-    config = RunConfig(model=MlpConfig(width=64), train=TrainConfig(method="hbll", budget=60, lr=3e-3))
-    train(config, tmp_path / "run", digits.__class__(**_centred(digits)), keep)
+    config = RunConfig(
+        model=MlpConfig(width=64), data=DataConfig(shift=0), train=TrainConfig(method="hbll", budget=60, lr=3e-3)
+    )
+    train(config, tmp_path / "run", load_digits(0), keep)
     assert len(scores) == 25
     assert min(score.accuracy for score in scores.values()) > 0.5
-
-
-def _centred(digits: Digits) -> dict[str, object]:
-    from training.data import load_digits
-
-    plain = load_digits(0)
-    return {name: getattr(plain, name) for name in ("train", "validation", "certification", "test")}
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, digits: Digits) -> None:
@@ -114,6 +111,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, digits: Digits)
     config = RunConfig(model=SMALL_VIT, train=TrainConfig(method="chains", budget=3, lr=1e30, warmup_steps=0))
     with pytest.raises(TrainingDiverged, match=r"the loss is (nan|inf) at step \d+"):
         train(config, tmp_path, digits, lambda _: None)
+
+
+def test_weights_that_are_not_finite_never_become_a_checkpoint(
+    tmp_path: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that breaks the weights just before a checkpoint is due: its own loss was still finite."""
+    step = torch.optim.AdamW.step
+    steps: list[int] = []
+
+    def breaking(self: torch.optim.AdamW, *arguments: object) -> None:
+        step(self, *arguments)
+        steps.append(1)
+        if len(steps) > 60:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
+    train_config = TrainConfig(method="bp", blocks=1, budget=4, evaluations=370)
+    config = RunConfig(model=MlpConfig(width=8), train=train_config)
+    with pytest.raises(TrainingDiverged, match="the validation loss is nan at step 61; the last checkpoint is intact"):
+        train(config, tmp_path, digits, lambda _: None)
+    _, _, progress = load_family(tmp_path)
+    assert progress.steps == 60
+    assert all(tensor.isfinite().all() for tensor in _weights(tmp_path).values())
 
 
 def test_bp_trains_one_path_only(tmp_path: Path, digits: Digits) -> None:

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.errors import InvalidInput
+from service.inputs import Decoder
+from tests.fakes import fake_manifest
+
+MANIFEST = fake_manifest({(4,): 0.5})  # wants 2 x 2 pixels
+
+
+def decode(image: Image.Image, kind: str = "PNG", **options: object) -> np.ndarray:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return Decoder(MANIFEST, 1_000_000).decode([{"image": base64.b64encode(file.getvalue()).decode()}])[0]
+
+
+def grey(*pixels: int) -> Image.Image:
+    return Image.fromarray(np.array(pixels, np.uint8).reshape(2, 2))
+
+
+def test_grey_pixels_become_shares_of_white() -> None:
+    np.testing.assert_allclose(decode(grey(0, 51, 102, 255)), [[0, 0.2], [0.4, 1]], atol=1e-6)
+
+
+def test_colours_become_luminance() -> None:
+    image = Image.new("RGB", (2, 2), (255, 0, 0))
+    np.testing.assert_allclose(decode(image), 0.299, atol=0.003)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    """Pillow clips at 255: 1000 of 65535, almost black, once became white."""
+    image = Image.fromarray(np.array([[0, 1000], [32768, 65535]], np.uint16))
+    np.testing.assert_allclose(decode(image), [[0, 1000 / 65535], [0.5, 1]], atol=0.002)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_is_black(mode: str) -> None:
+    """Ink on a transparent page: the page's hidden colour does not count."""
+    image = Image.new("LA", (2, 2), (255, 0))
+    image.putpixel((0, 0), (255, 255))
+    image.putpixel((1, 0), (255, 128))
+    np.testing.assert_allclose(decode(image.convert(mode)), [[1, 0.5], [0, 0]], atol=0.01)
+
+
+def test_a_palette_with_a_transparent_colour() -> None:
+    image = grey(0, 255, 255, 0).convert("P")
+    np.testing.assert_allclose(decode(image, transparency=255), 0, atol=0.01)
+
+
+def test_cameras_that_were_held_sideways_are_believed() -> None:
+    image = Image.fromarray(np.repeat(np.repeat(np.array([[255, 255], [0, 0]], np.uint8), 32, 0), 32, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by 90 degrees
+    np.testing.assert_allclose(decode(image, "JPEG", exif=exif), [[0, 1], [0, 1]], atol=0.2)
+
+
+def test_cmyk_and_larger_images() -> None:
+    assert decode(Image.new("CMYK", (300, 200), (0, 0, 0, 0)), "JPEG") == pytest.approx(np.ones((2, 2)), abs=0.02)
+
+
+def test_the_first_frame_of_a_moving_picture_counts() -> None:
+    frames = [grey(0, 0, 0, 0), grey(255, 255, 255, 255)]
+    np.testing.assert_allclose(decode(frames[0], "GIF", save_all=True, append_images=frames[1:]), 0)
+
+
+def test_the_images_of_a_request_share_one_allowance() -> None:
+    file = io.BytesIO()
+    Image.new("1", (600, 600)).save(file, "PNG")
+    row = {"image": base64.b64encode(file.getvalue()).decode()}
+    Decoder(MANIFEST, 1_000_000).decode([row, row])
+    with pytest.raises(
+        InvalidInput, match=r"inputs\[2\].image: expected at most 1000000 pixels in all images of a request"
+    ):
+        Decoder(MANIFEST, 1_000_000).decode([row, row, row])
+
+
+def test_a_list_of_the_wrong_length_is_not_walked() -> None:
+    with pytest.raises(InvalidInput, match=r"expected numbers of shape \[2, 2\], got shape \[1000000, ...\]"):
+        Decoder(MANIFEST, 1).decode([[0.5] * 1_000_000])
