@@ -58,8 +58,10 @@ def main(port: int, once: bool, config: Path) -> None:
                 console.print(paths_table(client, test))
                 console.print(answers_table(client, test))
                 console.print(f"[bold]all of that took {time.monotonic() - began:.0f} s\n")
+                sample = RUN / "sample.png"
+                sample.write_bytes(png(test, 0))
                 if not once:
-                    show_how_to_ask(client.base_url, test)
+                    show_how_to_ask(client.base_url, sample)
                     server.wait()
         except KeyboardInterrupt:
             console.print("stopping the server")
@@ -145,10 +147,8 @@ def cell(response: httpx.Response, truth: str) -> str:
     return f"[{colour}]{row['label']}[/] ({row['confidence']:.2f}, {row['depth']})"
 
 
-def show_how_to_ask(url: httpx.URL, test: Split) -> None:
-    """Write a digit to a file and print commands that ask about it."""
-    sample = RUN / "sample.png"
-    sample.write_bytes(png(test, 0))
+def show_how_to_ask(url: httpx.URL, sample: Path) -> None:
+    """Print commands that ask about the digit in a file."""
     console.print(f"serving on {url} (Ctrl-C stops); interactive documentation: {url}docs\n")
     print(  # noqa: T201  a line to paste, which no terminal width may break
         f"curl -s {url}v1/models/digits/predict -H 'content-type: application/json' "
