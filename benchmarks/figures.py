@@ -20,7 +20,7 @@ from rich.table import Table
 
 from family.manifest import Manifest, load_manifest
 from family.tree import Path, format_path
-from service.policy import climb_targets, segment_between
+from service.policy import segment_between
 from service.profile import Segment
 from service.runtime import Runtime
 from training.checkpoint import load_run_config
@@ -68,7 +68,7 @@ def climb_segments(manifest: Manifest) -> dict[Path, Segment]:
     """What has to run to reach each target of the climb from the one before."""
     before: Path | None = None
     segments = {}
-    for target in climb_targets(manifest):
+    for target in manifest.climb:
         segments[target] = segment_between(before, target)
         before = target
     return segments

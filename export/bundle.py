@@ -13,9 +13,11 @@ from pathlib import Path as FilePath
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.calibrate import fit_temperature, measure
+from export.certify import DELTA, certify, disagreements
 from export.graph import Parts, Placement, export_parts, gated_graph, path_graph, place
 from export.verify import Difference, verify_bundle
 from family.choice import pareto_front, reference_path
@@ -25,10 +27,12 @@ from family.manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     BundleError,
+    Certificate,
     ImageInput,
     Manifest,
     PathEntry,
     Provenance,
+    RiskLevel,
     TensorSpec,
     dump_manifest,
     file_name,
@@ -87,7 +91,7 @@ def export_bundle(
     validation = _logits(family, data.validation, trained_paths(config, family.tree, tuple(family.tree.paths())))
     accuracies = {path: _accuracy(logits, data.validation) for path, logits in validation.items()}
     chosen = choose_paths(family.tree, accuracies, paths)
-    steps = len(family.tree.nodes) + 5 + 2 * len(chosen)  # parts, weights, gated graph, metrics; each path twice
+    steps = len(family.tree.nodes) + 6 + 2 * len(chosen)  # parts, weights, gated graph, two of metrics; each path twice
 
     def advance(step: str) -> None:
         report(step, steps)
@@ -115,6 +119,8 @@ def export_bundle(
             provenance=_provenance(config, progress, origin),
             files={name: sha256_of(temporary / name) for name in names},
         )
+        manifest = manifest.model_copy(update={"certificate": _certificate(family, manifest, data.certification)})
+        advance("certified")
         differences = verify_bundle(temporary, manifest, family, lambda path: advance(f"verified {format_path(path)}"))
         _write(temporary / MANIFEST_FILE, dump_manifest(manifest))
         _publish(temporary, target, replace)
@@ -213,6 +219,21 @@ def _entries(
             )
         )
     return tuple(entries)
+
+
+def _certificate(family: Family, manifest: Manifest, split: Split) -> Certificate:
+    """On the certification split, which nothing else looks at."""
+    logits = _logits(family, split, manifest.climb)
+    probabilities = [softmax(logits[path] / manifest.offered[path].temperature, axis=1) for path in manifest.climb]
+    confidences = np.stack([values.max(axis=1) for values in probabilities])
+    answers = np.stack([values.argmax(axis=1) for values in probabilities])
+    levels = certify(disagreements(confidences, answers), len(split))
+    return Certificate(
+        sequence=tuple(map(format_path, manifest.climb)),
+        delta=DELTA,
+        rows=len(split),
+        levels=tuple(RiskLevel(epsilon=level.epsilon, threshold=level.threshold) for level in levels),
+    )
 
 
 def _logits(family: Family, split: Split, paths: Iterable[Path]) -> dict[Path, NDArray[np.float32]]:

@@ -32,6 +32,17 @@ def reference_path(tree: Tree, accuracies: Mapping[Path, float]) -> Path:
     return max(accuracies, key=lambda path: preference(tree, path, accuracies[path]))
 
 
+def climb(tree: Tree, accuracies: Mapping[Path, float]) -> tuple[Path, ...]:
+    """The fixed sequence of paths at which a row that goes deeper gets its answers, each more accurate than the one
+    before: the ladder's rungs, then the reference path. Where nothing of the ladder is offered: the Pareto front."""
+    rungs = [path for path in tree.ladder if path in accuracies] or pareto_front(tree, accuracies)
+    targets: list[Path] = []
+    for path in (*rungs, reference_path(tree, accuracies)):
+        if not targets or accuracies[path] > accuracies[targets[-1]]:
+            targets.append(path)
+    return tuple(targets)
+
+
 def pareto_front(tree: Tree, accuracies: Mapping[Path, float]) -> tuple[Path, ...]:
     """The paths worth running, shallowest first: each more accurate than everything with fewer or as many blocks.
 

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from family.choice import best_by_depth, pareto_front, reference_path
+from family.choice import best_by_depth, climb, pareto_front, reference_path
 from family.tree import InvalidPath, Path, Tree, format_path
 
 FORMAT_VERSION = "1.0"
@@ -85,6 +85,24 @@ class PathEntry(_Model):
     test: Metrics
 
 
+class RiskLevel(_Model):
+    """With early exits at `threshold`, answers differ from the reference path's with probability at most `epsilon`."""
+
+    epsilon: float = Field(gt=0, lt=1)
+    threshold: float = Field(ge=0, le=1)
+
+
+class Certificate(_Model):
+    """Certified early exits (Learn then Test): a row climbs `sequence` and exits at the first path whose calibrated
+    confidence reaches a level's threshold, else at the last, the reference path. With probability at least
+    `1 - delta` over the `rows` of certification data, *all* levels hold, for rows that are drawn like those."""
+
+    sequence: tuple[str, ...] = Field(min_length=1)
+    delta: float = Field(gt=0, lt=1)
+    rows: int = Field(ge=1)
+    levels: tuple[RiskLevel, ...]
+
+
 class Provenance(_Model):
     """Where the weights come from."""
 
@@ -109,6 +127,7 @@ class Manifest(_Model):
     labels: tuple[str, ...] = Field(min_length=1)
     image: ImageInput | None
     paths: tuple[PathEntry, ...] = Field(min_length=1)
+    certificate: Certificate | None = None
     provenance: Provenance
     files: dict[FileName, Sha256]
 
@@ -130,6 +149,11 @@ class Manifest(_Model):
         wanted = {WEIGHTS_FILE, GATED_FILE, *(entry.file for entry in self.paths)}
         if missing := sorted(wanted - self.files.keys()):
             raise ValueError(f"`files` lacks {', '.join(missing)}")
+        sequence = tuple(map(format_path, self.climb))
+        if self.certificate is not None and self.certificate.sequence != sequence:
+            raise ValueError(
+                f"the certificate is for {self.certificate.sequence}, and these paths are climbed as {sequence}"
+            )
         if self.output.shape[-1] != len(self.labels):
             raise ValueError(f"{len(self.labels)} labels for an output of shape {list(self.output.shape)}")
         return self
@@ -166,9 +190,9 @@ class Manifest(_Model):
         return pareto_front(self.tree, self.accuracies)
 
     @cached_property
-    def rungs(self) -> tuple[Path, ...]:
-        """The offered paths of the ladder, shallowest first."""
-        return tuple(path for path in self.tree.ladder if path in self.accuracies)
+    def climb(self) -> tuple[Path, ...]:
+        """The fixed sequence of paths at which a row that goes deeper gets its answers; it ends at the reference."""
+        return climb(self.tree, self.accuracies)
 
 
 def file_name(path: Path) -> str:

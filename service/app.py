@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 _WARM_UP_REQUESTS = 20
 
 DESCRIPTION = """Anytime inference: every request is answered by the member of a model's family that its wishes and its
-latency budget allow. Wishes: an explicit `depth` or `path`, a `latency_budget_ms`, a `min_confidence`. Every answer
-that is not a success has the shape `{"error": "<sentence>", "code": "<stable_code>"}`."""
+latency budget allow. Wishes: an explicit `depth` or `path`, a `latency_budget_ms`, a `min_confidence`, a certified
+`max_risk`. Every answer that is not a success has the shape `{"error": "<sentence>", "code": "<stable_code>"}`."""
 
 
 def create_app(settings: Settings | None = None, repository: Repository | None = None) -> FastAPI:

@@ -66,6 +66,7 @@ def serve(models: Path | None, host: str, port: int, threads: int | None, device
 @click.option("--path", help="Nodes of a path, like 4-6-7.")
 @click.option("--budget-ms", type=float, help="Latency budget in milliseconds.")
 @click.option("--min-confidence", type=float, help="Go deeper until the answer is this confident, 0..1.")
+@click.option("--max-risk", type=float, help="Go deeper until the answer is certified to this level, such as 0.05.")
 @click.option("--timeout-s", type=float, default=10.0, show_default=True, help="How long to wait for the server.")
 def predict(
     images: tuple[Path, ...],
@@ -75,6 +76,7 @@ def predict(
     path: str | None,
     budget_ms: float | None,
     min_confidence: float | None,
+    max_risk: float | None,
     timeout_s: float,
 ) -> None:
     """Ask a running server what is on IMAGES (PNG, JPEG, WebP, BMP, GIF; light ink on dark for the digits).
@@ -88,6 +90,7 @@ def predict(
     body: dict[str, object] = {"inputs": [{"image": base64.b64encode(file.read_bytes()).decode()} for file in images]}
     number = int(depth) if depth is not None and depth.isdecimal() else depth
     wishes = {"depth": number, "path": path, "latency_budget_ms": budget_ms, "min_confidence": min_confidence}
+    wishes["max_risk"] = max_risk
     body |= {key: value for key, value in wishes.items() if value is not None}
     try:
         with httpx.Client(base_url=url, timeout=timeout_s) as client:
@@ -126,6 +129,10 @@ def inspect(bundle: Path) -> None:
     console.print(path_table(manifest, str(bundle)))
     origin = manifest.provenance
     size = sum((bundle / name).stat().st_size for name in manifest.files)
+    if manifest.certificate is not None:
+        levels = ", ".join(f"{level.epsilon:g} (exit at {level.threshold:g})" for level in manifest.certificate.levels)
+        sequence = " > ".join(manifest.certificate.sequence)
+        console.print(f"certified risk levels along {sequence}: {levels or 'none'}")
     console.print(
         f"{len(manifest.files)} files, {size / 1e6:.1f} MB, all as the manifest says; format {manifest.format_version}\n"
         f"trained on {origin.dataset} by {origin.method}, seed {origin.seed}: {origin.steps} steps, "

@@ -239,8 +239,9 @@ class Engine:
 
     def _step(self, item: _Item, now: float, rows: int) -> _Step:
         model, wish = item.ticket.model, item.ticket.wish
-        if wish.min_confidence is not None:
-            target, *further = model.climb if item.before is None else model.climb[model.climb.index(item.before) + 1 :]
+        if wish.exit_at is not None:
+            climb = model.manifest.climb
+            target, *further = climb if item.before is None else climb[climb.index(item.before) + 1 :]
             upcoming = segment_between(target, further[0]) if further else None
             return _Step(target, segment_between(item.before, target), None, upcoming)
         slack_s = None if wish.deadline_s is None else wish.deadline_s - now - self.reserve_s

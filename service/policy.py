@@ -3,8 +3,8 @@
 No clock, no queue, no runtime. The rules:
 
 - an explicit path or depth is obeyed exactly;
-- with a confidence target a row *climbs*: the ladder's rungs, then the reference path if it is better than the last
-  rung, until it is confident enough or the next segment would not finish within the budget;
+- with a confidence target or a certified risk a row *climbs* the manifest's fixed sequence until it is confident
+  enough or the next segment would not finish within the budget;
 - with a budget alone it gets the best path that fits into the time left, at the least the shallowest;
 - without any wish it gets the reference path.
 """
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from family.manifest import Manifest
-from family.tree import Path, extends, format_path
+from family.tree import InvalidPath, Path, extends, format_path
 from service.errors import InvalidInput, NotOffered
 from service.profile import Segment
 
-StoppedBy = Literal["depth", "path", "confidence", "budget", "complete"]
+StoppedBy = Literal["depth", "path", "confidence", "risk", "budget", "complete"]
 Depth = int | Literal["best", "full"]
 Latency = Callable[[Segment, int], float]
 
@@ -29,13 +29,13 @@ Latency = Callable[[Segment, int], float]
 class Wish:
     """What a request asks for, resolved against its model.
 
-    `path` is an explicit path and `asked_as` the word it was asked by; at most one of `path` and `min_confidence`
-    is given. `deadline_s` is on the monotonic clock.
+    At most one of `path` (run exactly this) and `exit_at` (climb until the calibrated confidence is at least this) is
+    given; `asked_as` is what an answer that fulfils it is `stopped_by`. `deadline_s` is on the monotonic clock.
     """
 
     path: Path | None = None
-    asked_as: Literal["depth", "path"] = "path"
-    min_confidence: float | None = None
+    exit_at: float | None = None
+    asked_as: Literal["depth", "path", "confidence", "risk"] = "path"
     deadline_s: float | None = None
 
 
@@ -47,36 +47,56 @@ class Target:
     stopped_by: StoppedBy
 
 
-def resolve_path(manifest: Manifest, depth: Depth | None, path: str | None) -> tuple[Path | None, Literal["depth", "path"]]:
-    """The explicit path that a request names by `depth` or by `path`, if any.
+def resolve_wish(
+    manifest: Manifest,
+    *,
+    depth: Depth | None = None,
+    path: str | None = None,
+    min_confidence: float | None = None,
+    max_risk: float | None = None,
+    deadline_s: float | None = None,
+) -> Wish:
+    """What a request's words mean for this model. At most one of the first four is given.
 
     Raises:
-        InvalidInput: both are given, or the path is none of the tree's.
-        NotOffered: the model does not offer it.
+        InvalidInput: the path is none of the tree's.
+        NotOffered: the model does not offer the path, the depth or the risk level.
     """
-    if depth is not None and path is not None:
-        raise InvalidInput("give either depth or path, not both")
     if path is not None:
         try:
             nodes = manifest.tree.parse(path)
-        except ValueError as exc:
+        except InvalidPath as exc:
             raise InvalidInput(str(exc)) from exc
-        return _offered(manifest, nodes, f"path {path}"), "path"
-    match depth:
-        case None:
-            return None, "path"
-        case "best":
-            return manifest.reference, "depth"
-        case "full":
-            return _offered(manifest, manifest.tree.full, "the full path"), "depth"
-        case _:
-            best = manifest.best_by_depth
-            if depth not in best:
-                raise NotOffered(
-                    f"depth {depth} is not offered: expected one of {', '.join(map(str, best))}, best or full",
-                    offered=list(best),
-                )
-            return best[depth], "depth"
+        return Wish(path=_offered(manifest, nodes, f"path {path}"), asked_as="path", deadline_s=deadline_s)
+    if depth is not None:
+        return Wish(path=_path_of_depth(manifest, depth), asked_as="depth", deadline_s=deadline_s)
+    if max_risk is not None:
+        return Wish(exit_at=_certified_threshold(manifest, max_risk), asked_as="risk", deadline_s=deadline_s)
+    if min_confidence is not None:
+        return Wish(exit_at=min_confidence, asked_as="confidence", deadline_s=deadline_s)
+    return Wish(deadline_s=deadline_s)
+
+
+def _path_of_depth(manifest: Manifest, depth: Depth) -> Path:
+    if depth == "best":
+        return manifest.reference
+    if depth == "full":
+        return _offered(manifest, manifest.tree.full, "the full path")
+    best = manifest.best_by_depth
+    if depth not in best:
+        offered = ", ".join(map(str, best))
+        raise NotOffered(f"depth {depth} is not offered: expected one of {offered}, best or full", offered=list(best))
+    return best[depth]
+
+
+def _certified_threshold(manifest: Manifest, max_risk: float) -> float:
+    levels = manifest.certificate.levels if manifest.certificate else ()
+    for level in levels:
+        if level.epsilon == max_risk:
+            return level.threshold
+    offered = [level.epsilon for level in levels]
+    expected = f"expected one of {', '.join(map(str, offered))}" if offered else "this model certifies none"
+    raise NotOffered(f"max_risk {max_risk:g} is not certified: {expected}", offered=offered)
 
 
 def _offered(manifest: Manifest, nodes: Path, name: str) -> Path:
@@ -108,24 +128,13 @@ def stops_climbing(
 
     `upcoming` is what would run next (none: nothing deeper is better), in a batch of `rows`.
     """
-    if wish.min_confidence is not None and confidence >= wish.min_confidence:
-        return "confidence"
+    if wish.exit_at is not None and confidence >= wish.exit_at:
+        return wish.asked_as
     if upcoming is None:
         return "complete"
     if wish.deadline_s is not None and now_s + latency(upcoming, rows) + reserve_s > wish.deadline_s:
         return "budget"
     return None
-
-
-def climb_targets(manifest: Manifest) -> tuple[Path, ...]:
-    """The paths at which a climbing row gets an answer, each more accurate than the one before: the ladder's rungs,
-    then the reference path. Where nothing of the ladder is offered: the Pareto front."""
-    accuracies = manifest.accuracies
-    targets: list[Path] = []
-    for path in (*(manifest.rungs or manifest.front), manifest.reference):
-        if not targets or accuracies[path] > accuracies[targets[-1]]:
-            targets.append(path)
-    return tuple(targets)
 
 
 def segment_between(before: Path | None, target: Path) -> Segment:
@@ -140,6 +149,6 @@ def segment_between(before: Path | None, target: Path) -> Segment:
 
 def reachable_segments(manifest: Manifest) -> tuple[Segment, ...]:
     """Every segment that the rules above can run: what has to be profiled."""
-    climb = climb_targets(manifest)
+    climb = manifest.climb
     steps = (segment_between(before, target) for before, target in zip((None, *climb), climb, strict=False))
     return tuple(dict.fromkeys((*(Segment(path, embed=True) for path in manifest.offered), *steps)))

@@ -13,7 +13,7 @@ import numpy as np
 from family.manifest import BundleError, Manifest, check_files, load_manifest
 from family.tree import Path
 from service.errors import UnknownModel
-from service.policy import climb_targets, reachable_segments
+from service.policy import reachable_segments
 from service.profile import LatencyProfile, Segment, measure_profile
 from service.runtime import Output, Rows, Runtime
 from service.settings import Settings
@@ -37,7 +37,6 @@ class ServedModel:
     version: int
     manifest: Manifest
     runner: Runner
-    climb: tuple[Path, ...]
     profile: LatencyProfile | None = None
 
     def warm_up(self, max_batch: int, clock: Callable[[], float], stop: Callable[[], bool]) -> None:
@@ -106,4 +105,4 @@ def _load(name: str, version: int, root: FilePath, settings: Settings) -> Served
     manifest = load_manifest(bundle)
     check_files(bundle, manifest)
     runtime = Runtime(bundle, manifest, threads=settings.threads, device=settings.device)
-    return ServedModel(name, version, manifest, runtime, climb_targets(manifest))
+    return ServedModel(name, version, manifest, runtime)

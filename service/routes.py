@@ -11,12 +11,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, PlainTextResponse
 
+from family.manifest import Manifest
 from family.tree import format_path
 from service.engine import Answer, RowAnswer
 from service.errors import InvalidInput
 from service.inputs import Decoder, takes_long
 from service.metrics import Metrics
-from service.policy import Wish, resolve_path
+from service.policy import Wish, resolve_wish
 from service.profile import Segment
 from service.repository import Repository, ServedModel
 from service.runtime import Rows
@@ -31,6 +32,7 @@ from service.schemas import (
     PredictRequest,
     PredictResponse,
     Ready,
+    Risk,
 )
 from service.settings import Settings
 
@@ -114,18 +116,22 @@ async def predict(model: str, body: PredictRequest, request: Request, ctx: Ctx) 
     served = ctx.repository.get(model)
     if len(body.inputs) > ctx.settings.max_request_rows:
         raise InvalidInput(f"inputs: expected at most {ctx.settings.max_request_rows} rows, got {len(body.inputs)}")
-    path, asked_as = resolve_path(served.manifest, body.depth, body.path)
-    budget_ms = body.latency_budget_ms
-    if budget_ms is None and path is None and body.min_confidence is None:
-        budget_ms = ctx.settings.default_latency_budget_ms
-    deadline_s = None if budget_ms is None else arrived_s + budget_ms / 1000
+    budget_ms = body.latency_budget_ms if body.latency_budget_ms or body.wishes else ctx.settings.default_latency_budget_ms
+    wish = resolve_wish(
+        served.manifest,
+        depth=body.depth,
+        path=body.path,
+        min_confidence=body.min_confidence,
+        max_risk=body.max_risk,
+        deadline_s=None if budget_ms is None else arrived_s + budget_ms / 1000,
+    )
     ctx.engine.require_room(len(body.inputs))
     decode = Decoder(served.manifest, ctx.settings.max_image_pixels).decode
     x = await run_in_threadpool(decode, body.inputs) if takes_long(body.inputs) else decode(body.inputs)
-    answer = await ctx.engine.submit(served, x, Wish(path, asked_as, body.min_confidence, deadline_s), arrived_s)
+    answer = await ctx.engine.submit(served, x, wish, arrived_s)
 
     labels = served.manifest.labels
-    predictions = [_prediction(row, labels, body.probabilities) for row in answer.rows]
+    predictions = [_prediction(row, labels, body.probabilities, wish) for row in answer.rows]
     total_s = time.monotonic() - arrived_s
     deadline_met = None if budget_ms is None else total_s * 1000 <= budget_ms
     ctx.metrics.total_seconds.labels(model).observe(total_s)
@@ -136,6 +142,7 @@ async def predict(model: str, body: PredictRequest, request: Request, ctx: Ctx) 
         version=served.version,
         predictions=predictions,
         deadline_met=deadline_met,
+        risk=_risk(served.manifest, body.max_risk),
         queue_ms=_ms(answer.queue_s),
         compute_ms=_ms(answer.compute_s),
         total_ms=_ms(total_s),
@@ -177,7 +184,8 @@ async def describe_model(model: str, ctx: Ctx) -> ModelDetail:
         input_shape=list(manifest.input.shape[1:]),
         labels=list(manifest.labels),
         reference=format_path(manifest.reference),
-        climb=[format_path(path) for path in served.climb],
+        climb=[format_path(path) for path in manifest.climb],
+        risk_levels=[level.epsilon for level in manifest.certificate.levels] if manifest.certificate else [],
         paths=paths,
     )
 
@@ -208,7 +216,13 @@ def _summary(served: ServedModel) -> ModelSummary:
     return ModelSummary(name=served.name, version=served.version, ready=served.profile is not None)
 
 
-def _prediction(row: RowAnswer, labels: tuple[str, ...], probabilities: bool) -> Prediction:
+def _risk(manifest: Manifest, max_risk: float | None) -> Risk | None:
+    if max_risk is None or manifest.certificate is None:
+        return None
+    return Risk(epsilon=max_risk, delta=manifest.certificate.delta)
+
+
+def _prediction(row: RowAnswer, labels: tuple[str, ...], probabilities: bool, wish: Wish) -> Prediction:
     by_label = dict(zip(labels, map(float, row.probabilities), strict=True)) if probabilities else None
     return Prediction(
         label=labels[row.label],
@@ -216,6 +230,7 @@ def _prediction(row: RowAnswer, labels: tuple[str, ...], probabilities: bool) ->
         depth=len(row.path),
         path=format_path(row.path),
         stopped_by=row.stopped_by,
+        certified=row.stopped_by in ("risk", "complete") if wish.asked_as == "risk" else None,
         probabilities=by_label,
     )
 

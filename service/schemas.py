@@ -58,6 +58,15 @@ class PredictRequest(_Schema):
         strict=True,
         description="go deeper until the calibrated confidence is at least this",
     )
+    max_risk: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        strict=True,
+        description="one of the model's certified levels: go deeper until the answer differs from the reference path's "
+        "with at most this probability",
+    )
     probabilities: bool = Field(False, strict=True, description="return the probability of every label")
 
     model_config = ConfigDict(
@@ -67,11 +76,14 @@ class PredictRequest(_Schema):
 
     @model_validator(mode="after")
     def _one_wish(self) -> PredictRequest:
-        if self.depth is not None and self.path is not None:
-            raise ValueError("give either depth or path, not both")
-        if self.min_confidence is not None and (self.depth is not None or self.path is not None):
-            raise ValueError("min_confidence chooses the depth itself: give it without depth and path")
+        if len(self.wishes) > 1:
+            raise ValueError(f"give only one of depth, path, min_confidence and max_risk, got {' and '.join(self.wishes)}")
         return self
+
+    @property
+    def wishes(self) -> list[str]:
+        """The names of the wishes about depth that are given; at most one, once validated."""
+        return [name for name in ("depth", "path", "min_confidence", "max_risk") if getattr(self, name) is not None]
 
 
 class Prediction(_Schema):
@@ -82,7 +94,18 @@ class Prediction(_Schema):
     depth: int = Field(description="blocks run")
     path: str
     stopped_by: StoppedBy = Field(description="why the answer has this depth")
+    certified: bool | None = Field(
+        None, description="with max_risk: whether the certificate covers this answer; false if the deadline cut it short"
+    )
     probabilities: dict[str, float] | None = Field(None, description="by label; only if asked for")
+
+
+class Risk(_Schema):
+    """What was certified: with probability at least `1 - delta` over the certification data, an answer differs from
+    the reference path's with probability at most `epsilon`, for inputs that are drawn like those."""
+
+    epsilon: float
+    delta: float
 
 
 class PredictResponse(_Schema):
@@ -92,6 +115,7 @@ class PredictResponse(_Schema):
     version: int
     predictions: list[Prediction]
     deadline_met: bool | None = Field(description="null where the request had no budget")
+    risk: Risk | None = Field(None, description="only with max_risk")
     queue_ms: float = Field(description="from arrival to the first block")
     compute_ms: float = Field(description="in inference, batches shared with other requests included whole")
     total_ms: float = Field(description="from arrival to the answer")
@@ -133,7 +157,8 @@ class ModelDetail(ModelSummary):
     input_shape: list[int]
     labels: list[str]
     reference: str = Field(description="the path that is best on validation")
-    climb: list[str] = Field(description="where a request with min_confidence is answered, in order")
+    climb: list[str] = Field(description="where a request with min_confidence or max_risk is answered, in order")
+    risk_levels: list[float] = Field(description="what max_risk can be")
     paths: list[PathSummary]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from family.manifest import ImageInput, Manifest, Metrics, PathEntry, Provenance, TensorSpec, file_name
 from family.tree import Path, Tree, format_path
-from service.policy import climb_targets
 from service.repository import ServedModel
 from service.runtime import Output, Rows
 
@@ -30,7 +30,8 @@ class FakeClock:
 class FakeRunner:
     """A runner whose confidence in label 1 is what each row's first pixel says, plus 0.1 per block of its path.
 
-    `runs` records (nodes, rows, embed). A test can hold a run back by clearing `go`, and see it begin by `began`.
+    `runs` records (nodes, rows, embed). A test can hold a run back by clearing `go`, see it begin by `began`, and do
+    something of its own `before` each.
     """
 
     clock: FakeClock | None = None
@@ -39,12 +40,14 @@ class FakeRunner:
     go: threading.Event = field(default_factory=threading.Event)
     began: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
+    before: Callable[[Path], object] = lambda _: None
 
     def __post_init__(self) -> None:
         self.go.set()
 
     def run(self, nodes: Path, source: Rows, *, embed: bool, predict: bool = True, keep_state: bool = False) -> Output:
         self.began.set()
+        self.before(nodes)
         assert self.go.wait(timeout=30)
         if self.error:
             raise self.error
@@ -101,7 +104,7 @@ def rising_accuracies(tree: Tree) -> dict[Path, float]:
 def fake_model(accuracies: dict[Path, float] | None = None, runner: FakeRunner | None = None) -> ServedModel:
     """A served model behind a fake runner, not warm."""
     manifest = fake_manifest(accuracies or rising_accuracies(Tree(3)))
-    return ServedModel("fake", 1, manifest, runner or FakeRunner(), climb_targets(manifest))
+    return ServedModel("fake", 1, manifest, runner or FakeRunner())
 
 
 def rows(*confidences: float) -> Rows:

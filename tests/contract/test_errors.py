@@ -129,15 +129,21 @@ INVALID = {
         "min_confidence: Input should be less than or equal to 1",
     ),
     "confidence negative": ({"inputs": [GOOD], "min_confidence": -0.1}, "min_confidence"),
-    "depth and path": ({"inputs": [GOOD], "depth": 1, "path": "4"}, "give either depth or path, not both"),
+    "depth and path": (
+        {"inputs": [GOOD], "depth": 1, "path": "4"},
+        "give only one of depth, path, min_confidence and max_risk, got depth and path",
+    ),
     "depth and confidence": (
         {"inputs": [GOOD], "depth": 1, "min_confidence": 0.5},
-        "min_confidence chooses the depth itself",
+        "give only one of depth, path, min_confidence and max_risk",
     ),
     "path and confidence": (
         {"inputs": [GOOD], "path": "4", "min_confidence": 0.5},
-        "min_confidence chooses the depth itself",
+        "give only one of depth, path, min_confidence and max_risk",
     ),
+    "risk and confidence": ({"inputs": [GOOD], "max_risk": 0.1, "min_confidence": 0.5}, "got min_confidence and max_risk"),
+    "risk not certified": ({"inputs": [GOOD], "max_risk": 0.123}, "max_risk 0.123 is not certified"),
+    "risk 0": ({"inputs": [GOOD], "max_risk": 0}, "max_risk: Input should be greater than 0"),
     "unknown member": ({"inputs": [GOOD], "budget": 5}, "budget: Extra inputs are not permitted"),
     "a list": ([GOOD], "the body: Input should be a valid dictionary"),
     "a string": ("x", "the body: Input should be a valid dictionary"),
@@ -247,10 +253,10 @@ def test_a_full_queue_is_429_with_retry_after(client: Client) -> None:
 
 
 def test_a_bug_is_500_and_tells_nothing(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr("service.routes.resolve_path", broken)
+    monkeypatch.setattr("service.routes.resolve_wish", broken)
     response = client.predict({"inputs": [GOOD]})
     assert response.status_code == 500
     assert response.json()["code"] == "internal"

@@ -133,3 +133,36 @@ def test_more_rows_than_a_batch_come_back_in_order(client: Client, digits: Digit
         (alone,) = client.predict({"inputs": [tensor(image)], "depth": 1}).json()["predictions"]
         assert alone["label"] == row["label"]
         assert alone["confidence"] == pytest.approx(row["confidence"], abs=1e-5)
+
+
+def test_a_certified_risk_climbs_to_its_threshold_and_says_what_holds(
+    client: Client, trained: Trained, images: np.ndarray
+) -> None:
+    certificate = trained.manifest.certificate
+    assert certificate is not None
+    detail = client.get("/v1/models/digits").json()
+    assert detail["risk_levels"] == [level.epsilon for level in certificate.levels]
+    inputs = [tensor(image) for image in images]
+    for level in certificate.levels:
+        answer = client.predict({"inputs": inputs, "max_risk": level.epsilon}).json()
+        assert answer["risk"] == {"epsilon": level.epsilon, "delta": certificate.delta}
+        same = client.predict({"inputs": inputs, "min_confidence": level.threshold}).json()
+        for row, other in zip(answer["predictions"], same["predictions"], strict=True):
+            assert row["path"] == other["path"]
+            assert row["certified"] is True
+            assert row["stopped_by"] == {"confidence": "risk", "complete": "complete"}[other["stopped_by"]]
+            assert other["certified"] is None
+        assert same["risk"] is None
+
+
+def test_an_answer_cut_short_by_its_deadline_is_not_certified(client: Client, images: np.ndarray) -> None:
+    """With a budget that the first rung just misses, rows stop there by budget, unless they may exit there anyway."""
+    levels = client.get("/v1/models/digits").json()["risk_levels"]
+    cut = 0
+    for _ in range(50):
+        body = {"inputs": [tensor(image) for image in images], "max_risk": levels[0], "latency_budget_ms": 1.5}
+        answer = client.predict(body)
+        for row in answer.json().get("predictions", ()):
+            assert row["certified"] == (row["stopped_by"] != "budget")
+            cut += row["stopped_by"] == "budget"
+    assert cut > 0

@@ -15,9 +15,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from scipy.stats import binom
 
 import export.verify
 from export.bundle import choose_paths, costs, export_bundle
+from export.certify import EPSILONS, disagreements
 from export.graph import ALIGNMENT
 from export.verify import verify_bundle
 from family.manifest import BundleError, check_files, load_manifest
@@ -81,6 +83,32 @@ def test_metrics_are_measured_against_the_reference(trained: Trained) -> None:
     assert reference.validation.accuracy == max(manifest.accuracies.values())
     assert {entry.validation.agreement for entry in manifest.paths} != {1.0}
     assert manifest.provenance.block_evaluations >= 30 * 3000
+
+
+def test_the_certificate_holds_on_the_split_that_made_it(trained: Trained, digits: Digits) -> None:
+    """By the graphs themselves: at each level's threshold the certification rows disagree at most as often as the
+    binomial test allows, far less than epsilon."""
+    manifest = trained.manifest
+    certificate = manifest.certificate
+    assert certificate is not None
+    assert certificate.rows == 500
+    assert certificate.levels
+    x = digits.certification.images.numpy()
+    confidences, answers = [], []
+    for path in manifest.climb:
+        session = ort.InferenceSession(
+            str(trained.bundle / manifest.offered[path].file), providers=["CPUExecutionProvider"]
+        )
+        logits = session.run(None, {"x": x})[0] / manifest.offered[path].temperature
+        probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        confidences.append(probabilities.max(axis=1))
+        answers.append(probabilities.argmax(axis=1))
+    thresholds = [level.threshold for level in certificate.levels]
+    counts = disagreements(np.stack(confidences), np.stack(answers), thresholds)
+    for level, count in zip(certificate.levels, counts, strict=True):
+        assert binom.cdf(count, 500, level.epsilon) <= certificate.delta / len(EPSILONS)
+        assert count / 500 < level.epsilon
 
 
 def test_graphs_carry_no_paths_of_the_machine_that_made_them(trained: Trained) -> None:

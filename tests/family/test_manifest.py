@@ -124,3 +124,10 @@ def test_paths_must_be_of_the_tree(bundle: Path) -> None:
     _edit(bundle, paths=content["paths"])
     with pytest.raises(BundleError, match="1 -> 3 is no hop"):
         load_manifest(bundle)
+
+
+def test_a_certificate_must_be_for_the_sequence_that_is_climbed(bundle: Path) -> None:
+    certificate = {"sequence": ["2"], "delta": 0.05, "rows": 500, "levels": []}
+    _edit(bundle, certificate=certificate)
+    with pytest.raises(BundleError, match="the certificate is for"):
+        load_manifest(bundle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -83,7 +84,7 @@ def test_a_row_climbs_until_it_is_confident_and_each_row_by_itself() -> None:
 
     async def test() -> None:
         async with bench() as b:
-            answer = await b.ask(0.85, 0.1, 0.65, 0.75, min_confidence=0.945)
+            answer = await b.ask(0.85, 0.1, 0.65, 0.75, exit_at=0.945, asked_as="confidence")
             assert [row.path for row in answer.rows] == [(4,), (1, 2, 3, 4, 5, 6, 7), (4, 6, 7), (4, 6)]
             assert [row.stopped_by for row in answer.rows] == ["confidence", "complete", "confidence", "confidence"]
             assert b.runner.runs == [((4,), 4, True), ((6,), 3, False), ((7,), 2, False), ((1, 2, 3, 4, 5, 6, 7), 1, True)]
@@ -94,7 +95,7 @@ def test_a_row_climbs_until_it_is_confident_and_each_row_by_itself() -> None:
 def test_a_climb_stops_where_the_next_rung_would_be_late() -> None:
     async def test() -> None:
         async with bench() as b:
-            answer = await b.ask(0.1, min_confidence=0.99, budget_s=0.0025)
+            answer = await b.ask(0.1, exit_at=0.99, asked_as="confidence", budget_s=0.0025)
             assert answer.rows[0].path == (4, 6)
             assert answer.rows[0].stopped_by == "budget"
 
@@ -251,23 +252,26 @@ def test_a_row_that_stops_does_not_wait_for_those_that_climb_on() -> None:
 
     async def test() -> None:
         async with bench() as b:
+            delivered = threading.Event()
             tasks: list[asyncio.Task[Answer]] = []
-            finished: list[float] = []
-            began_s = b.clock.now_s
+
+            def before(nodes: tuple[int, ...]) -> None:
+                if len(nodes) == 7:  # the last of the climb: by now the hurried row must have its answer
+                    assert delivered.wait(timeout=10)
 
             async def start() -> None:
-                tasks.append(b.ask(0.1, min_confidence=0.99, budget_s=0.0045))
-                tasks.append(b.ask(0.1, min_confidence=0.99))
-                for task in tasks:
-                    task.add_done_callback(lambda _: finished.append(b.clock.now_s - began_s))
+                tasks.append(b.ask(0.1, exit_at=0.99, asked_as="confidence", budget_s=0.0045))
+                tasks.append(b.ask(0.1, exit_at=0.99, asked_as="confidence"))
+                tasks[0].add_done_callback(lambda _: delivered.set())
+                b.runner.before = before
 
             await b.held(start)
             hurried, patient = [await task for task in tasks]
             assert hurried.rows[0].stopped_by == "budget"
             assert hurried.rows[0].path == (4, 6, 7)  # 1 ms of the run before, then three rungs
-            assert finished[0] == pytest.approx(0.004)
+            assert hurried.compute_s == pytest.approx(0.003)
             assert patient.rows[0].stopped_by == "complete"
-            assert finished[1] == pytest.approx(0.011)
+            assert patient.compute_s == pytest.approx(0.010)
 
     run(test)
 
@@ -277,7 +281,7 @@ def test_newcomers_join_between_rungs() -> None:
         async with bench() as b:
             b.runner.go.clear()
             b.runner.began.clear()
-            first = b.ask(0.1, min_confidence=0.99)
+            first = b.ask(0.1, exit_at=0.99, asked_as="confidence")
             await asyncio.to_thread(b.runner.began.wait, 30)
             second = b.ask(0.85, path=(4,))
             await asyncio.sleep(0)
@@ -330,7 +334,7 @@ def test_nothing_is_taken_before_the_warm_up() -> None:
 def test_every_row_is_counted_once() -> None:
     async def test() -> None:
         async with bench() as b:
-            await asyncio.gather(*(b.ask(0.1 * n, 0.5, min_confidence=0.7) for n in range(1, 9)))
+            await asyncio.gather(*(b.ask(0.1 * n, 0.5, exit_at=0.7, asked_as="confidence") for n in range(1, 9)))
             counted = sum(
                 sample.value
                 for metric in b.metrics.registry.collect()
@@ -346,7 +350,7 @@ def test_offered_paths_without_a_ladder_can_be_climbed() -> None:
     async def test() -> None:
         manifest = fake_manifest({(2, 4): 0.5, (1, 2, 4): 0.6})
         async with bench(manifest.accuracies) as b:
-            answer = await b.ask(0.1, min_confidence=0.99)
+            answer = await b.ask(0.1, exit_at=0.99, asked_as="confidence")
             assert answer.rows[0].path == (1, 2, 4)
 
     run(test)

@@ -4,15 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from family.tree import Tree, extends
+from family.manifest import Certificate, RiskLevel
+from family.tree import Tree, extends, format_path
 from service.errors import InvalidInput, NotOffered
 from service.policy import (
     Target,
     Wish,
     choose_target,
-    climb_targets,
     reachable_segments,
-    resolve_path,
+    resolve_wish,
     segment_between,
 )
 from service.profile import Segment
@@ -51,7 +51,7 @@ def test_an_explicit_path_is_obeyed_whatever_the_time(manifest, slack_s, data) -
 
 @given(manifests)
 def test_a_climb_rises_and_ends_at_the_reference(manifest) -> None:
-    climb = climb_targets(manifest)
+    climb = manifest.climb
     values = [manifest.accuracies[path] for path in climb]
     assert values == sorted(set(values))
     assert values[-1] == max(manifest.accuracies.values())
@@ -62,7 +62,7 @@ def test_a_climb_rises_and_ends_at_the_reference(manifest) -> None:
 def test_every_step_of_a_climb_is_profiled(manifest) -> None:
     profiled = set(reachable_segments(manifest))
     before = None
-    for target in climb_targets(manifest):
+    for target in manifest.climb:
         assert segment_between(before, target) in profiled
         before = target
     assert {Segment(path, embed=True) for path in manifest.offered} <= profiled
@@ -77,7 +77,7 @@ def test_a_segment_leads_to_its_target(before, target) -> None:
 
 def test_a_climb_without_ladder_uses_the_front() -> None:
     manifest = fake_manifest({(2, 4): 0.5, (1, 2, 4): 0.6})
-    assert climb_targets(manifest) == ((2, 4), (1, 2, 4))
+    assert manifest.climb == ((2, 4), (1, 2, 4))
 
 
 @given(manifests, st.integers(1, 9))
@@ -85,22 +85,32 @@ def test_depth_means_the_best_offered_path_of_that_depth(manifest, depth) -> Non
     offered = {len(path) for path in manifest.offered}
     if depth not in offered:
         with pytest.raises(NotOffered, match=f"depth {depth} is not offered") as refused:
-            resolve_path(manifest, depth, None)
+            resolve_wish(manifest, depth=depth)
         assert refused.value.details == {"offered": sorted(offered)}
         return
-    path, asked_as = resolve_path(manifest, depth, None)
-    assert path == manifest.best_by_depth[depth]
-    assert asked_as == "depth"
+    assert resolve_wish(manifest, depth=depth) == Wish(path=manifest.best_by_depth[depth], asked_as="depth")
 
 
 def test_best_and_full_have_their_meaning() -> None:
-    assert resolve_path(RISING, "best", None) == (RISING.reference, "depth")
-    assert resolve_path(RISING, "full", None) == ((1, 2, 3, 4, 5, 6, 7), "depth")
+    assert resolve_wish(RISING, depth="best").path == RISING.reference
+    assert resolve_wish(RISING, depth="full").path == (1, 2, 3, 4, 5, 6, 7)
     with pytest.raises(NotOffered, match="the full path is not offered"):
-        resolve_path(fake_manifest({(4,): 0.5}), "full", None)
+        resolve_wish(fake_manifest({(4,): 0.5}), depth="full")
 
 
 @pytest.mark.parametrize(("path", "error"), [("4-7", InvalidInput), ("x", InvalidInput), ("2-4", NotOffered)])
 def test_a_wrong_path_is_refused(path: str, error: type[InvalidInput]) -> None:
     with pytest.raises(error):
-        resolve_path(fake_manifest({(4,): 0.5}), None, path)
+        resolve_wish(fake_manifest({(4,): 0.5}), path=path)
+
+
+def test_a_certified_level_is_taken_exactly_and_others_are_refused() -> None:
+    levels = (RiskLevel(epsilon=0.02, threshold=0.9), RiskLevel(epsilon=0.1, threshold=0.6))
+    sequence = tuple(format_path(path) for path in RISING.climb)
+    certificate = Certificate(sequence=sequence, delta=0.05, rows=500, levels=levels)
+    manifest = RISING.model_copy(update={"certificate": certificate})
+    assert resolve_wish(manifest, max_risk=0.1, deadline_s=3) == Wish(exit_at=0.6, asked_as="risk", deadline_s=3)
+    with pytest.raises(NotOffered, match=r"max_risk 0.05 is not certified: expected one of 0.02, 0.1"):
+        resolve_wish(manifest, max_risk=0.05)
+    with pytest.raises(NotOffered, match="this model certifies none"):
+        resolve_wish(RISING, max_risk=0.1)
