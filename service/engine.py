@@ -22,9 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from family.tree import Path
-from service.errors import DeadlineExpired, InferenceFailed, NotReady, QueueFull, ServiceError
+from service.errors import (
+    DeadlineExpired,
+    DeadlineInfeasible,
+    InferenceFailed,
+    NotReady,
+    QueueFull,
+    ServiceError,
+)
 from service.metrics import Metrics
-from service.policy import StoppedBy, Wish, choose_target, segment_between, stops_climbing
+from service.policy import StoppedBy, Wish, choose_target, least_segment, segment_between, stops_climbing
 from service.profile import Segment
 from service.repository import ServedModel
 from service.runtime import Output, Rows
@@ -34,13 +41,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RowAnswer:
-    """One row's answer: `probabilities (classes,) float32`, temperature-scaled, their `argmax` and its probability."""
+    """One row's answer: `probabilities (classes,) float32`, temperature-scaled, their `argmax` and its probability.
+
+    `stopped_by` is none for an answer on the way to a deeper one.
+    """
 
     label: int
     confidence: float
     probabilities: NDArray[np.float32]
     path: Path
-    stopped_by: StoppedBy
+    stopped_by: StoppedBy | None
+
+
+OnAnswer = Callable[[int, RowAnswer], None]
+"""Told of every answer of a row, by its index, as soon as it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +75,7 @@ class _Ticket:
     arrived_s: float
     done: asyncio.Future[Answer]
     answers: list[RowAnswer | None]
+    on_answer: OnAnswer | None
     queue_s: float | None = None
     compute_s: float = 0.0
 
@@ -157,17 +172,24 @@ class Engine:
         if waiting + rows > self.max_queue_rows:
             raise QueueFull(f"{waiting} rows wait already and at most {self.max_queue_rows} may, got {rows} more")
 
-    async def submit(self, model: ServedModel, x: Rows, wish: Wish, arrived_s: float) -> Answer:
+    async def submit(
+        self, model: ServedModel, x: Rows, wish: Wish, arrived_s: float, on_answer: OnAnswer | None = None
+    ) -> Answer:
         """Answer the rows of `x (rows, *input_shape) float32`, which arrived at `arrived_s` on the engine's clock.
+
+        Cancelling the call takes its rows out of the queue; those that run go no further than their segment's end.
 
         Raises:
             NotReady: the engine is warming up or shutting down.
             QueueFull: too many rows wait.
+            DeadlineInfeasible: the request is strict and its budget cannot be met.
             DeadlineExpired: the budget ran out before any block had run.
             InferenceFailed: the runtime raised.
         """
         self.require_room(len(x))
-        ticket = _Ticket(model, wish, arrived_s, asyncio.get_running_loop().create_future(), [None] * len(x))
+        done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        ticket = _Ticket(model, wish, arrived_s, done, [None] * len(x), on_answer)
+        self._require_feasible(ticket, self.clock(), len(self._queue) + len(x))
         self._queue.extend(_Item(ticket, index, row, row) for index, row in enumerate(x))
         self.metrics.requests.labels(model.name).inc()
         self.metrics.queue_rows.set(len(self._queue))
@@ -191,6 +213,7 @@ class Engine:
             await self._arrived.wait()
             return
         self.metrics.batch_rows.labels(batch.model.name).observe(len(batch.items))
+        self.metrics.block_rows.labels(batch.model.name).inc(len(batch.items) * len(batch.steps[0].segment.nodes))
         start = self.clock()
         try:
             output = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
@@ -216,6 +239,12 @@ class Engine:
             if ticket.wish.deadline_s is not None and now >= ticket.wish.deadline_s and ticket.queue_s is None:
                 _fail(ticket, DeadlineExpired("the latency budget ran out in the queue, before any block had run"))
                 continue
+            try:
+                if ticket.queue_s is None:
+                    self._require_feasible(ticket, now, 1)
+            except DeadlineInfeasible as error:
+                _fail(ticket, error)
+                continue
             step = steps.get((id(ticket), item.before))
             if step is None:
                 step = steps[id(ticket), item.before] = self._step(item, now, size)
@@ -236,6 +265,23 @@ class Engine:
                 item.ticket.queue_s = now - item.ticket.arrived_s
         items, wanted = zip(*chosen, strict=True)
         return _Batch(head[0], items, wanted)
+
+    def _require_feasible(self, ticket: _Ticket, now: float, rows: int) -> None:
+        """A strict request must be able to have its least answer in time, `rows` being served before it or with it."""
+        wish, model = ticket.wish, ticket.model
+        if not wish.strict or wish.deadline_s is None:
+            return
+        segment = least_segment(model.manifest, wish)
+        batches, rest = divmod(rows, self.max_batch)
+        needed_s = batches * model.latency_s(segment, self.max_batch) + (model.latency_s(segment, rest) if rest else 0.0)
+        ends_s = now + needed_s + self.reserve_s
+        if ends_s > wish.deadline_s:
+            smallest_ms = round(1000 * (ends_s - ticket.arrived_s), 3)
+            budget_ms = 1000 * (wish.deadline_s - ticket.arrived_s)
+            raise DeadlineInfeasible(
+                f"a budget of {budget_ms:g} ms cannot be met now: expected at least {smallest_ms:g} ms",
+                smallest_feasible_budget_ms=smallest_ms,
+            )
 
     def _step(self, item: _Item, now: float, rows: int) -> _Step:
         model, wish = item.ticket.model, item.ticket.wish
@@ -272,12 +318,15 @@ class Engine:
             stopped_by = step.stopped_by or stops_climbing(
                 item.ticket.wish, confidence, step.upcoming, now, self.reserve_s, len(batch.items), model.latency_s
             )
+            answer = RowAnswer(label, confidence, probabilities[row], path, stopped_by)
+            if item.ticket.on_answer is not None and not item.ticket.done.done():
+                item.ticket.on_answer(item.index, answer)
             if stopped_by is None:
                 item.before = path
                 item.source = item.x if output.state is None else output.state[row]
                 going_on.append(item)
             else:
-                item.ticket.answers[item.index] = RowAnswer(label, confidence, probabilities[row], path, stopped_by)
+                item.ticket.answers[item.index] = answer
                 self.metrics.answers.labels(model.name, len(path), stopped_by).inc()
         self._queue.extendleft(reversed(going_on))
         for ticket in tickets:

@@ -8,9 +8,11 @@
     +-- BodyTooLarge        413
     +-- UnsupportedMedia    415
     +-- QueueFull           429
+    +-- ClientGone          499  nobody reads it; it is for metrics and logs
     +-- InferenceFailed     500
     +-- NotReady            503
     +-- DeadlineExpired     504
+    +-- DeadlineInfeasible  504
 
 Every response that is not a success has the one shape `{"error": "<sentence>", "code": "<stable_code>", ...}`.
 """
@@ -81,6 +83,13 @@ class QueueFull(ServiceError):
     headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
 
 
+class ClientGone(ServiceError):
+    """The client closed the connection before its answer was there; its rows cost no further compute."""
+
+    status = 499
+    code = "client_gone"
+
+
 class InferenceFailed(ServiceError):
     """The runtime raised; the server's log has the cause."""
 
@@ -101,3 +110,10 @@ class DeadlineExpired(ServiceError):
 
     status = 504
     code = "deadline_expired"
+
+
+class DeadlineInfeasible(ServiceError):
+    """A strict request's budget cannot be met; `details` have the smallest budget that could be."""
+
+    status = 504
+    code = "deadline_infeasible"

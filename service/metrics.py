@@ -16,7 +16,9 @@ class Metrics:
         self.requests = Counter("hbll_requests", "Requests admitted", ["model"], registry=registry)
         self.refusals = Counter("hbll_refusals", "Requests answered by an error", ["code"], registry=registry)
         self.answers = Counter("hbll_answers", "Rows answered", ["model", "depth", "stopped_by"], registry=registry)
+        self.block_rows = Counter("hbll_block_rows", "Rows times blocks run: the work done", ["model"], registry=registry)
         self.deadlines = Counter("hbll_deadlines", "Requests with a budget answered", ["model", "met"], registry=registry)
+        self.open_streams = Gauge("hbll_open_streams", "Streams that are being sent", registry=registry)
         self.queue_rows = Gauge("hbll_queue_rows", "Rows that wait", registry=registry)
         self.queue_seconds = Histogram(
             "hbll_queue_seconds", "From arrival to the first block", ["model"], buckets=_SECONDS, registry=registry
@@ -32,8 +34,8 @@ class Metrics:
 
     def clear(self) -> None:
         """Forget what was counted so far, by warm-up."""
-        labelled = (self.requests, self.refusals, self.answers, self.deadlines, self.queue_seconds, self.compute_seconds)
-        for metric in (*labelled, self.total_seconds, self.batch_rows):
+        counters = (self.requests, self.refusals, self.answers, self.block_rows, self.deadlines)
+        for metric in (*counters, self.queue_seconds, self.compute_seconds, self.total_seconds, self.batch_rows):
             metric.clear()
 
     def render(self) -> bytes:

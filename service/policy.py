@@ -30,13 +30,15 @@ class Wish:
     """What a request asks for, resolved against its model.
 
     At most one of `path` (run exactly this) and `exit_at` (climb until the calibrated confidence is at least this) is
-    given; `asked_as` is what an answer that fulfils it is `stopped_by`. `deadline_s` is on the monotonic clock.
+    given; `asked_as` is what an answer that fulfils it is `stopped_by`. `deadline_s` is on the monotonic clock; a
+    `strict` request would rather be refused than late.
     """
 
     path: Path | None = None
     exit_at: float | None = None
     asked_as: Literal["depth", "path", "confidence", "risk"] = "path"
     deadline_s: float | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ def resolve_wish(
     min_confidence: float | None = None,
     max_risk: float | None = None,
     deadline_s: float | None = None,
+    strict: bool = False,
 ) -> Wish:
     """What a request's words mean for this model. At most one of the first four is given.
 
@@ -67,14 +70,14 @@ def resolve_wish(
             nodes = manifest.tree.parse(path)
         except InvalidPath as exc:
             raise InvalidInput(str(exc)) from exc
-        return Wish(path=_offered(manifest, nodes, f"path {path}"), asked_as="path", deadline_s=deadline_s)
+        return Wish(_offered(manifest, nodes, f"path {path}"), None, "path", deadline_s, strict)
     if depth is not None:
-        return Wish(path=_path_of_depth(manifest, depth), asked_as="depth", deadline_s=deadline_s)
+        return Wish(_path_of_depth(manifest, depth), None, "depth", deadline_s, strict)
     if max_risk is not None:
-        return Wish(exit_at=_certified_threshold(manifest, max_risk), asked_as="risk", deadline_s=deadline_s)
+        return Wish(None, _certified_threshold(manifest, max_risk), "risk", deadline_s, strict)
     if min_confidence is not None:
-        return Wish(exit_at=min_confidence, asked_as="confidence", deadline_s=deadline_s)
-    return Wish(deadline_s=deadline_s)
+        return Wish(None, min_confidence, "confidence", deadline_s, strict)
+    return Wish(deadline_s=deadline_s, strict=strict)
 
 
 def _path_of_depth(manifest: Manifest, depth: Depth) -> Path:
@@ -119,6 +122,13 @@ def choose_target(manifest: Manifest, wish: Wish, slack_s: float | None, rows: i
     fitting = [path for path in front if latency(Segment(path, embed=True), rows) <= slack_s]
     path = fitting[-1] if fitting else front[0]
     return Target(path, "complete" if path == front[-1] else "budget")
+
+
+def least_segment(manifest: Manifest, wish: Wish) -> Segment:
+    """The least that has to run for an answer: the explicit path, the first of the climb, else the shallowest path."""
+    if wish.path is not None:
+        return Segment(wish.path, embed=True)
+    return Segment(manifest.climb[0] if wish.exit_at is not None else manifest.front[0], embed=True)
 
 
 def stops_climbing(

@@ -67,6 +67,7 @@ class PredictRequest(_Schema):
         description="one of the model's certified levels: go deeper until the answer differs from the reference path's "
         "with at most this probability",
     )
+    strict: bool = Field(False, strict=True, description="refuse with 504 at once rather than answer late")
     probabilities: bool = Field(False, strict=True, description="return the probability of every label")
 
     model_config = ConfigDict(
@@ -86,6 +87,22 @@ class PredictRequest(_Schema):
         return [name for name in ("depth", "path", "min_confidence", "max_risk") if getattr(self, name) is not None]
 
 
+class StreamRequest(PredictRequest):
+    """As for predict; without a wish about depth the stream climbs to the reference path."""
+
+    monotone: bool = Field(
+        False,
+        strict=True,
+        description="each event carries the most confident answer so far, so the confidence never falls; not with max_risk",
+    )
+
+    @model_validator(mode="after")
+    def _certifies_what_it_returns(self) -> StreamRequest:
+        if self.monotone and self.max_risk is not None:
+            raise ValueError("monotone answers are not those that max_risk certifies: give only one of the two")
+        return self
+
+
 class Prediction(_Schema):
     """One row's answer."""
 
@@ -93,7 +110,7 @@ class Prediction(_Schema):
     confidence: float = Field(description="calibrated probability of the label, 0..1")
     depth: int = Field(description="blocks run")
     path: str
-    stopped_by: StoppedBy = Field(description="why the answer has this depth")
+    stopped_by: StoppedBy | None = Field(description="why the answer has this depth; null on the way to a deeper one")
     certified: bool | None = Field(
         None, description="with max_risk: whether the certificate covers this answer; false if the deadline cut it short"
     )
@@ -119,6 +136,26 @@ class PredictResponse(_Schema):
     queue_ms: float = Field(description="from arrival to the first block")
     compute_ms: float = Field(description="in inference, batches shared with other requests included whole")
     total_ms: float = Field(description="from arrival to the answer")
+
+
+class StreamAnswer(Prediction):
+    """The event `answer`: one row's answer at one rung."""
+
+    row: int = Field(description="index in inputs")
+    final: bool = Field(description="no further answer of this row follows")
+    total_ms: float = Field(description="from arrival to this answer")
+
+
+class StreamEnd(_Schema):
+    """The event `end`: every row has its final answer."""
+
+    model: str
+    version: int
+    deadline_met: bool | None = Field(description="null where the request had no budget")
+    risk: Risk | None = Field(None, description="only with max_risk")
+    queue_ms: float
+    compute_ms: float
+    total_ms: float
 
 
 class ModelSummary(_Schema):

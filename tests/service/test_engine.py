@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from service.engine import Answer, Engine
-from service.errors import DeadlineExpired, InferenceFailed, NotReady, QueueFull
+from service.errors import DeadlineExpired, DeadlineInfeasible, InferenceFailed, NotReady, QueueFull
 from service.metrics import Metrics
-from service.policy import Wish
+from service.policy import Wish, reachable_segments
 from service.profile import LatencyProfile
 from service.repository import ServedModel
 from tests.fakes import FakeClock, FakeRunner, fake_manifest, fake_model, rows
@@ -35,6 +35,11 @@ class Bench:
         deadline_s = None if budget_s is None else now + budget_s
         request = Wish(deadline_s=deadline_s, **wish)  # type: ignore[arg-type]
         return asyncio.create_task(self.engine.submit(self.model, rows(*confidences), request, now))
+
+    def know_latency(self) -> None:
+        """A millisecond a block, whatever the batch."""
+        segments = reachable_segments(self.model.manifest)
+        self.model.profile = LatencyProfile({(s, rows): 0.001 * len(s.nodes) for s in segments for rows in (1, 8)}, (1, 8))
 
     async def held(self, start: Callable[[], Awaitable[object]]) -> None:
         """Hold the runner back with one row in it, so that what `start` asks waits in the queue."""
@@ -164,6 +169,77 @@ def test_who_has_gone_costs_no_compute() -> None:
             await b.held(start)
             await b.ask(0.3, path=(4, 6))
             assert b.runner.runs == [((4,), 1, True), ((4, 6), 1, True)]
+
+    run(test)
+
+
+def test_who_leaves_during_a_climb_goes_no_further_than_the_running_rung() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.runner.go.clear()
+            b.runner.began.clear()
+            climbing = b.ask(0.1, exit_at=0.99, asked_as="confidence")
+            await asyncio.to_thread(b.runner.began.wait, 30)
+            climbing.cancel()
+            await asyncio.sleep(0)
+            b.runner.go.set()
+            await b.ask(0.3, path=(4, 6))
+            assert b.runner.runs == [((4,), 1, True), ((4, 6), 1, True)]
+
+    run(test)
+
+
+def test_a_strict_request_is_refused_at_once_with_the_smallest_budget_that_could_be_met() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.model.profile = LatencyProfile(
+                {(s, n): 0.001 * len(s.nodes) for s in reachable_segments(b.model.manifest) for n in (1, 8)}, (1, 8)
+            )
+            with pytest.raises(
+                DeadlineInfeasible, match=r"a budget of 0\.5 ms cannot be met now: expected at least 1 ms"
+            ) as refused:
+                await b.ask(0.1, budget_s=0.0005, strict=True)
+            assert refused.value.details == {"smallest_feasible_budget_ms": 1.0}
+            with pytest.raises(DeadlineInfeasible, match="expected at least 7 ms"):
+                await b.ask(0.1, budget_s=0.005, strict=True, path=(1, 2, 3, 4, 5, 6, 7))
+            assert b.runner.runs == []
+            assert len((await b.ask(0.1, budget_s=0.0015, strict=True)).rows) == 1
+            assert (await b.ask(0.1, budget_s=0.0005)).rows[0].path == (4,)  # not strict: the shallowest, late
+
+    run(test)
+
+
+def test_a_strict_request_that_waited_too_long_is_refused_rather_than_late() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.model.profile = LatencyProfile(
+                {(s, n): 0.001 * len(s.nodes) for s in reachable_segments(b.model.manifest) for n in (1, 8)}, (1, 8)
+            )
+            tasks: list[asyncio.Task[Answer]] = []
+
+            async def start() -> None:
+                tasks.append(b.ask(0.1, budget_s=0.004, strict=True))
+                await asyncio.sleep(0)
+                b.clock.now_s += 0.0025  # and the run before takes one more
+
+            await b.held(start)
+            with pytest.raises(DeadlineInfeasible):
+                await tasks[0]
+            assert b.runner.runs == [((4,), 1, True)]
+
+    run(test)
+
+
+def test_answers_on_the_way_are_told_as_soon_as_they_are_known() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            told: list[tuple[int, int, str | None]] = []
+            wish = Wish(exit_at=0.945, asked_as="confidence")
+            answer = await b.engine.submit(
+                b.model, rows(0.65, 0.85), wish, b.clock(), lambda row, a: told.append((row, len(a.path), a.stopped_by))
+            )
+            assert told == [(0, 1, None), (1, 1, "confidence"), (0, 2, None), (0, 3, "confidence")]
+            assert [len(row.path) for row in answer.rows] == [3, 1]
 
     run(test)
 
