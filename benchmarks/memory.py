@@ -24,12 +24,12 @@ from rich.table import Table
 from family.manifest import WEIGHTS_FILE
 from family.tree import format_path
 from service.app import create_app
-from service.repository import open_repository
+from service.repository import Repository, open_repository
 from service.settings import Settings
 
 FAMILIES = {
     "small": {"kind": "vit"},
-    "mlp-86MB": {"kind": "mlp", "width": 1700},
+    "mlp-118MB": {"kind": "mlp", "width": 2000},
     "vit-54MB": {"kind": "vit", "width": 400, "heads": 4, "hidden": 1600},
     "vit-106MB": {"kind": "vit", "width": 560, "heads": 8, "hidden": 2240},
 }
@@ -80,6 +80,9 @@ def make_bundle(folder: Path, name: str) -> None:
 
 async def measure(folder: Path, name: str, requests: int, warm: bool) -> tuple[float]:
     """PSS growth in MB of loading and serving one family."""
+    idle = create_app(Settings(models=folder), Repository({}))  # the framework, without a model
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(idle), base_url="http://memory") as client:
+        (await client.get("/openapi.json")).raise_for_status()
     if warm:
         await serve(folder / "small", "small", 25)
     before = pss_mb()
