@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.special import softmax
 
-from export.certify import DELTA, EPSILONS, certify, disagreements, exits
+from export.certify import DELTA, EPSILONS, certify, confidences_and_answers, disagreements, exits
 from family.manifest import load_manifest
 from training.checkpoint import load_family
 from training.data import load_digits
@@ -38,11 +37,7 @@ def main(run: FilePath, bundle: FilePath, splits: int) -> None:
     labels = torch.cat([data.certification.labels, data.test.labels]).numpy()
     logits = path_logits(family, images, manifest.climb)
     temperatures = [manifest.offered[path].temperature for path in manifest.climb]
-    probabilities = [
-        softmax(logits[path].numpy() / t, axis=1) for path, t in zip(manifest.climb, temperatures, strict=True)
-    ]
-    confidences = np.stack([values.max(axis=1) for values in probabilities])
-    answers = np.stack([values.argmax(axis=1) for values in probabilities])
+    confidences, answers = confidences_and_answers([logits[path].numpy() for path in manifest.climb], temperatures)
     depths = np.array([len(path) for path in manifest.climb])
 
     found: dict[float, list[tuple[float, float, float]]] = {epsilon: [] for epsilon in EPSILONS}

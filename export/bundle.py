@@ -13,11 +13,10 @@ from pathlib import Path as FilePath
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import softmax
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.calibrate import fit_temperature, measure
-from export.certify import DELTA, certify, disagreements
+from export.certify import DELTA, certify, confidences_and_answers, disagreements
 from export.graph import Parts, Placement, export_parts, gated_graph, path_graph, place
 from export.verify import Difference, verify_bundle
 from family.choice import pareto_front, reference_path
@@ -119,7 +118,8 @@ def export_bundle(
             provenance=_provenance(config, progress, origin),
             files={name: sha256_of(temporary / name) for name in names},
         )
-        manifest = manifest.model_copy(update={"certificate": _certificate(family, manifest, data.certification)})
+        certificate = _certificate(family, manifest, data.certification)
+        manifest = Manifest.model_validate(manifest.model_dump() | {"certificate": certificate.model_dump()})
         advance("certified")
         differences = verify_bundle(temporary, manifest, family, lambda path: advance(f"verified {format_path(path)}"))
         _write(temporary / MANIFEST_FILE, dump_manifest(manifest))
@@ -224,9 +224,8 @@ def _entries(
 def _certificate(family: Family, manifest: Manifest, split: Split) -> Certificate:
     """On the certification split, which nothing else looks at."""
     logits = _logits(family, split, manifest.climb)
-    probabilities = [softmax(logits[path] / manifest.offered[path].temperature, axis=1) for path in manifest.climb]
-    confidences = np.stack([values.max(axis=1) for values in probabilities])
-    answers = np.stack([values.argmax(axis=1) for values in probabilities])
+    temperatures = [manifest.offered[path].temperature for path in manifest.climb]
+    confidences, answers = confidences_and_answers([logits[path] for path in manifest.climb], temperatures)
     levels = certify(disagreements(confidences, answers), len(split))
     return Certificate(
         sequence=tuple(map(format_path, manifest.climb)),

@@ -2,7 +2,8 @@
 
 A row climbs the fixed sequence of paths and exits at the first whose calibrated confidence reaches a threshold, else
 at the reference path. The risk of a threshold is the probability that the answer so given differs from the reference
-path's; no labels are needed. For each epsilon of a menu a threshold is found with
+path's; no labels are needed. (Logits here are torch's; those that the service computes are verified to be the same to
+1e-4, so a row exactly at a threshold may leave elsewhere.) For each epsilon of a menu a threshold is found with
 
     P(risk <= epsilon) >= 1 - delta,
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 from scipy.stats import binom
 
 THRESHOLDS = (
@@ -47,6 +49,15 @@ class CertifiedLevel:
 
     epsilon: float
     threshold: float
+
+
+def confidences_and_answers(
+    logits: Sequence[NDArray[np.floating]], temperatures: Sequence[float]
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """What each path of a sequence says of each row: `logits` `(rows, classes)` per path -> both `(paths, rows)`."""
+    probabilities = [softmax(each.astype(np.float64) / t, axis=1) for each, t in zip(logits, temperatures, strict=True)]
+    confidences = np.stack([values.max(axis=1) for values in probabilities])
+    return confidences, np.stack([values.argmax(axis=1) for values in probabilities])
 
 
 def exits(confidences: NDArray[np.floating], threshold: float) -> NDArray[np.intp]:

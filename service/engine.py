@@ -194,7 +194,12 @@ class Engine:
         self.metrics.requests.labels(model.name).inc()
         self.metrics.queue_rows.set(len(self._queue))
         self._arrived.set()
-        return await ticket.done
+        try:
+            return await ticket.done
+        except asyncio.CancelledError:
+            self._queue = deque(item for item in self._queue if item.ticket is not ticket)
+            self.metrics.queue_rows.set(len(self._queue))
+            raise
 
     async def _run_forever(self) -> None:
         """Never ends but by `stop`: a surprise fails the requests that it meets and is logged."""
@@ -241,7 +246,7 @@ class Engine:
                 continue
             try:
                 if ticket.queue_s is None:
-                    self._require_feasible(ticket, now, 1)
+                    self._require_feasible(ticket, now, max(size, len(ticket.answers)))
             except DeadlineInfeasible as error:
                 _fail(ticket, error)
                 continue
@@ -267,7 +272,8 @@ class Engine:
         return _Batch(head[0], items, wanted)
 
     def _require_feasible(self, ticket: _Ticket, now: float, rows: int) -> None:
-        """A strict request must be able to have its least answer in time, `rows` being served before it or with it."""
+        """A strict request must be able to have its least answer in time, by the profile's prediction, if `rows` are
+        served before it or with it as it would be."""
         wish, model = ticket.wish, ticket.model
         if not wish.strict or wish.deadline_s is None:
             return
@@ -313,13 +319,15 @@ class Engine:
         probabilities = _probabilities(model, path, output.logits)
         labels = probabilities.argmax(axis=1)
         for row, (item, step) in enumerate(zip(batch.items, batch.steps, strict=True)):
+            if item.ticket.done.done():
+                continue  # its client has gone, or another of its rows failed
             label = int(labels[row])
             confidence = float(probabilities[row, label])
             stopped_by = step.stopped_by or stops_climbing(
                 item.ticket.wish, confidence, step.upcoming, now, self.reserve_s, len(batch.items), model.latency_s
             )
             answer = RowAnswer(label, confidence, probabilities[row], path, stopped_by)
-            if item.ticket.on_answer is not None and not item.ticket.done.done():
+            if item.ticket.on_answer is not None:
                 item.ticket.on_answer(item.index, answer)
             if stopped_by is None:
                 item.before = path

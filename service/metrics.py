@@ -18,7 +18,6 @@ class Metrics:
         self.answers = Counter("hbll_answers", "Rows answered", ["model", "depth", "stopped_by"], registry=registry)
         self.block_rows = Counter("hbll_block_rows", "Rows times blocks run: the work done", ["model"], registry=registry)
         self.deadlines = Counter("hbll_deadlines", "Requests with a budget answered", ["model", "met"], registry=registry)
-        self.open_streams = Gauge("hbll_open_streams", "Streams that are being sent", registry=registry)
         self.queue_rows = Gauge("hbll_queue_rows", "Rows that wait", registry=registry)
         self.queue_seconds = Histogram(
             "hbll_queue_seconds", "From arrival to the first block", ["model"], buckets=_SECONDS, registry=registry

@@ -24,6 +24,7 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
+            watcher.result()
             raise ClientGone("the client closed the connection before its answer was there")
         return task.result()
     finally:

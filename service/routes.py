@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -17,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 from family.manifest import Manifest
 from family.tree import format_path
 from service.engine import Answer, OnAnswer, RowAnswer
-from service.errors import InvalidInput
+from service.errors import ClientGone, InvalidInput, ServiceError
 from service.inputs import Decoder, takes_long
 from service.metrics import Metrics
 from service.policy import Wish, resolve_wish
@@ -42,7 +41,7 @@ from service.schemas import (
     StreamRequest,
 )
 from service.settings import Settings
-from service.streaming import MostConfident, answer_events
+from service.streaming import EventStream, MostConfident, answer_events
 
 
 class Engine(Protocol):
@@ -231,18 +230,12 @@ async def predict_stream(model: str, body: StreamRequest, request: Request, ctx:
     def work(listener: OnAnswer) -> Coroutine[None, None, Answer]:
         return ctx.engine.submit(call.served, call.x, call.wish, call.arrived_s, listener)
 
-    events = answer_events(work, on_answer, on_end)
+    def on_error(error: ServiceError) -> None:
+        ctx.metrics.refusals.labels(error.code).inc()
+
+    events = answer_events(work, on_answer, on_end, on_error)
     first = await while_connected(request, anext(events))
-
-    async def all_events() -> AsyncIterator[bytes]:
-        async with aclosing(events):
-            with ctx.metrics.open_streams.track_inprogress():
-                yield first
-                async for event in events:
-                    yield event
-
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(all_events(), media_type="text/event-stream", headers=headers)
+    return EventStream(first, events, on_gone=lambda: on_error(ClientGone("")))
 
 
 @router.get("/v1/models", tags=["models"], responses=_errors(500))

@@ -118,8 +118,9 @@ class Prediction(_Schema):
 
 
 class Risk(_Schema):
-    """What was certified: with probability at least `1 - delta` over the certification data, an answer differs from
-    the reference path's with probability at most `epsilon`, for inputs that are drawn like those."""
+    """What was certified, for the rows whose `certified` is true: with probability at least `1 - delta` over the
+    certification data, an answer differs from the reference path's with probability at most `epsilon`, for inputs
+    that are drawn like those."""
 
     epsilon: float
     delta: float

@@ -67,7 +67,12 @@ class LiveServer:
     def stop(self) -> int:
         """SIGTERM; returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=30)
+        try:
+            return self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
 
 
 @pytest.fixture(scope="session")
@@ -84,10 +89,11 @@ def start_server(models: Path, folder: Path, settings: dict[str, str] | None = N
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder / "server.log"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HBLL_")}
     command = [sys.executable, "-m", "hbll", "serve", str(models), "--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, text=True, env=os.environ | (settings or {})
+            command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment | (settings or {})
         )
     live = LiveServer(process, f"http://127.0.0.1:{port}", log)
     deadline = time.monotonic() + 60
@@ -99,4 +105,5 @@ def start_server(models: Path, folder: Path, settings: dict[str, str] | None = N
             pass
         time.sleep(0.05)  # polls another process, which has no other way to tell us
     process.kill()
+    process.wait()
     raise AssertionError(f"the server did not become ready:\n{log.read_text()}")

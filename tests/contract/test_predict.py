@@ -153,16 +153,3 @@ def test_a_certified_risk_climbs_to_its_threshold_and_says_what_holds(
             assert row["stopped_by"] == {"confidence": "risk", "complete": "complete"}[other["stopped_by"]]
             assert other["certified"] is None
         assert same["risk"] is None
-
-
-def test_an_answer_cut_short_by_its_deadline_is_not_certified(client: Client, images: np.ndarray) -> None:
-    """With a budget that the first rung just misses, rows stop there by budget, unless they may exit there anyway."""
-    levels = client.get("/v1/models/digits").json()["risk_levels"]
-    cut = 0
-    for _ in range(50):
-        body = {"inputs": [tensor(image) for image in images], "max_risk": levels[0], "latency_budget_ms": 1.5}
-        answer = client.predict(body)
-        for row in answer.json().get("predictions", ()):
-            assert row["certified"] == (row["stopped_by"] != "budget")
-            cut += row["stopped_by"] == "budget"
-    assert cut > 0

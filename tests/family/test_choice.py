@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from family.choice import best_by_depth, pareto_front, reference_path
+from family.choice import best_by_depth, climb, pareto_front, reference_path
 from family.tree import Tree
 
 TREE = Tree(3)
@@ -36,3 +36,19 @@ def test_front_holds_exactly_the_undominated_and_ends_at_the_reference(of: dict[
 
 def test_reference_is_the_shallowest_of_equally_good_paths() -> None:
     assert reference_path(TREE, {(4,): 0.9, (4, 6): 0.9, TREE.full: 0.9}) == (4,)
+
+
+def test_a_climb_ends_at_the_reference_even_if_a_rung_is_as_good() -> None:
+    """What is certified is agreement with the reference path: once a tie let the climb end at another one."""
+    accuracies = {(4,): 0.80, (4, 6): 0.85, (4, 6, 7): 0.90, (2, 4): 0.90}
+    assert reference_path(TREE, accuracies) == (2, 4)
+    assert climb(TREE, accuracies) == ((4,), (4, 6), (2, 4))
+    assert climb(TREE, {(4,): 0.9, TREE.full: 0.9}) == ((4,),)
+
+
+@given(accuracies)
+def test_a_climb_rises_to_the_reference(of: dict[tuple[int, ...], float]) -> None:
+    sequence = climb(TREE, of)
+    assert sequence[-1] == reference_path(TREE, of)
+    values = [of[path] for path in sequence]
+    assert values == sorted(set(values))

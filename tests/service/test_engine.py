@@ -16,6 +16,7 @@ from service.metrics import Metrics
 from service.policy import Wish, reachable_segments
 from service.profile import LatencyProfile
 from service.repository import ServedModel
+from service.routes import _prediction
 from tests.fakes import FakeClock, FakeRunner, fake_manifest, fake_model, rows
 
 
@@ -226,6 +227,48 @@ def test_a_strict_request_that_waited_too_long_is_refused_rather_than_late() -> 
             with pytest.raises(DeadlineInfeasible):
                 await tasks[0]
             assert b.runner.runs == [((4,), 1, True)]
+
+    run(test)
+
+
+def test_a_certified_climb_that_its_deadline_cuts_short_is_not_called_certified() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.know_latency()
+            answer = await b.ask(0.1, 0.85, exit_at=0.9, asked_as="risk", budget_s=0.0025)
+            wish = Wish(exit_at=0.9, asked_as="risk")
+            shown = [_prediction(row, ("no", "yes"), False, wish) for row in answer.rows]
+            assert [(row["depth"], row["stopped_by"], row["certified"]) for row in shown] == [
+                (2, "budget", False),
+                (1, "risk", True),
+            ]
+
+    run(test)
+
+
+def test_a_cancelled_request_frees_its_place_in_the_queue_at_once() -> None:
+    async def test() -> None:
+        async with bench(max_queue_rows=5) as b:
+
+            async def start() -> None:
+                gone = b.ask(0.1, 0.2, 0.3, 0.4, 0.5)
+                await asyncio.sleep(0)
+                gone.cancel()
+                await asyncio.gather(gone, return_exceptions=True)
+                b.engine.require_room(5)
+
+            await b.held(start)
+
+    run(test)
+
+
+def test_a_strict_request_is_measured_by_the_batch_that_it_would_run_in() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            segments = reachable_segments(b.model.manifest)
+            b.model.profile = LatencyProfile({(s, n): 0.001 * n * len(s.nodes) for s in segments for n in (1, 8)}, (1, 8))
+            with pytest.raises(DeadlineInfeasible, match="expected at least 8 ms"):
+                await b.ask(*[0.1] * 8, budget_s=0.004, strict=True)
 
     run(test)
 
