@@ -18,13 +18,14 @@ from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from starlette.exceptions import HTTPException
 
+from service import predict, routes
+from service.context import Context
 from service.engine import Engine
 from service.errors import ServiceError
 from service.limits import LimitBody
 from service.metrics import Metrics
 from service.repository import Repository, ServedModel, open_repository
 from service.responses import on_http_exception, on_service_error, on_unknown_error, on_validation_error
-from service.routes import Context, router
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     )
     app.state.context = Context(settings, repository, engine, metrics)
     app.state.metrics = metrics
-    app.include_router(router)
+    app.include_router(predict.router)
+    app.include_router(routes.router)
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
     return app
 

@@ -3,8 +3,9 @@
 A batch is one segment in one call. Rows that climb come back to the head of the queue between rungs, so each row is
 answered when it stops, whoever it shared a batch with, and newcomers can join.
 
-It owns all asyncio state of serving. Routes see `submit`; the rules of depth are in `service.policy`; models run
-behind the `Runner` protocol. So another engine can take its place without touching either side.
+It owns all asyncio state of serving. Routes see the protocol in `service.answers`; the rules of depth are in
+`service.policy`; models run behind the `Runner` protocol. So another engine can take its place without touching either
+side.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from family.tree import Path
+from service.answers import Answer, OnAnswer, RowAnswer
 from service.errors import (
     DeadlineExpired,
     DeadlineInfeasible,
@@ -37,33 +39,6 @@ from service.repository import ServedModel
 from service.runtime import Output, Rows
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RowAnswer:
-    """One row's answer: `probabilities (classes,) float32`, temperature-scaled, their `argmax` and its probability.
-
-    `stopped_by` is none for an answer on the way to a deeper one.
-    """
-
-    label: int
-    confidence: float
-    probabilities: NDArray[np.float32]
-    path: Path
-    stopped_by: StoppedBy | None
-
-
-OnAnswer = Callable[[int, RowAnswer], None]
-"""Told of every answer of a row, by its index, as soon as it is known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A request's answer: one entry per row in the order they came, and where its time went."""
-
-    rows: tuple[RowAnswer, ...]
-    queue_s: float
-    compute_s: float
 
 
 @dataclass(slots=True)

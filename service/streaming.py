@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.engine import Answer, OnAnswer, RowAnswer
+from service.answers import Answer, OnAnswer, RowAnswer
 from service.errors import ServiceError
 from service.schemas import Error
 

@@ -256,7 +256,7 @@ def test_a_bug_is_500_and_tells_nothing(client: Client, monkeypatch: pytest.Monk
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr("service.routes.resolve_wish", broken)
+    monkeypatch.setattr("service.predict.resolve_wish", broken)
     response = client.predict({"inputs": [GOOD]})
     assert response.status_code == 500
     assert response.json()["code"] == "internal"

@@ -10,13 +10,14 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
-from service.engine import Answer, Engine
+from service.answers import Answer
+from service.engine import Engine
 from service.errors import DeadlineExpired, DeadlineInfeasible, InferenceFailed, NotReady, QueueFull
 from service.metrics import Metrics
 from service.policy import Wish, reachable_segments
+from service.predict import _prediction
 from service.profile import LatencyProfile
 from service.repository import ServedModel
-from service.routes import _prediction
 from tests.fakes import FakeClock, FakeRunner, fake_manifest, fake_model, rows
 
 

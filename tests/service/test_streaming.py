@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 import pytest
 from pydantic import BaseModel
 
-from service.engine import Answer, OnAnswer, RowAnswer
+from service.answers import Answer, OnAnswer, RowAnswer
 from service.errors import InferenceFailed, ServiceError
 from service.streaming import EventStream, answer_events
 

@@ -1,0 +1,69 @@
+"""What an engine answers, and what the routes need of one: between `service.engine` and HTTP, so that either can change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from family.tree import Path
+from service.policy import StoppedBy, Wish
+from service.repository import ServedModel
+from service.runtime import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class RowAnswer:
+    """One row's answer: `probabilities (classes,) float32`, temperature-scaled, their `argmax` and its probability.
+
+    `stopped_by` is none for an answer on the way to a deeper one.
+    """
+
+    label: int
+    confidence: float
+    probabilities: NDArray[np.float32]
+    path: Path
+    stopped_by: StoppedBy | None
+
+
+OnAnswer = Callable[[int, RowAnswer], None]
+"""Told of every answer of a row, by its index, as soon as it is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A request's answer: one entry per row in the order they came, and where its time went."""
+
+    rows: tuple[RowAnswer, ...]
+    queue_s: float
+    compute_s: float
+
+
+class Engine(Protocol):
+    """What the routes need of an engine."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        ...
+
+    async def start(self, models: Sequence[ServedModel]) -> None:
+        """Warm up the models, then take requests."""
+        ...
+
+    async def stop(self) -> None:
+        """Take no more requests and end."""
+        ...
+
+    def require_room(self, rows: int) -> None:
+        """Raise what `submit` would raise for that many rows now."""
+        ...
+
+    async def submit(
+        self, model: ServedModel, x: Rows, wish: Wish, arrived_s: float, on_answer: OnAnswer | None = None
+    ) -> Answer:
+        """See `service.engine.Engine.submit`."""
+        ...

@@ -1,0 +1,58 @@
+"""What all routes share: the parts that the app hands them, and the errors that openapi.yaml lists."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from service.answers import Engine
+from service.metrics import Metrics
+from service.repository import Repository
+from service.schemas import Error
+from service.settings import Settings
+
+
+class Context:
+    """What the app hands to its routes."""
+
+    def __init__(self, settings: Settings, repository: Repository, engine: Engine, metrics: Metrics) -> None:
+        self.settings = settings
+        self.repository = repository
+        self.engine = engine
+        self.metrics = metrics
+        self.warm = False
+
+    @property
+    def ready(self) -> bool:
+        """Every model is loaded and warm, and the engine lives."""
+        return self.warm and self.engine.ready
+
+
+def _context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+Ctx = Annotated[Context, Depends(_context)]
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that can answer with these errors."""
+    meanings = {
+        400: "The body, a base64 string or an image cannot be parsed",
+        404: "No such model",
+        413: "The body is too long",
+        415: "A content type or encoding that is not read",
+        422: "Well-formed and not valid: a shape, a range, a depth or path that is not offered",
+        429: "Too many rows wait already; Retry-After says when to ask again",
+        500: "The server met an error of its own",
+        503: "Warming up or shutting down; Retry-After says when to ask again",
+        504: "The budget ran out before any block had run, or a strict request's cannot be met",
+    }
+    return {status: {"model": Error, "description": meanings[status]} for status in statuses}
+
+
+def milliseconds(seconds: float) -> float:
+    """Seconds as the HTTP interface tells them: in milliseconds, to the microsecond."""
+    return round(seconds * 1000, 3)
