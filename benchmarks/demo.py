@@ -61,7 +61,7 @@ def main(port: int, once: bool, config: Path) -> None:
                 sample = RUN / "sample.png"
                 sample.write_bytes(png(test, 0))
                 if not once:
-                    show_how_to_ask(client.base_url, sample)
+                    show_how_to_ask(f"http://127.0.0.1:{port}", sample)
                     server.wait()
         except KeyboardInterrupt:
             console.print("stopping the server")
@@ -147,13 +147,13 @@ def cell(response: httpx.Response, truth: str) -> str:
     return f"[{colour}]{row['label']}[/] ({row['confidence']:.2f}, {row['depth']})"
 
 
-def show_how_to_ask(url: httpx.URL, sample: Path) -> None:
+def show_how_to_ask(url: str, sample: Path) -> None:
     """Print commands that ask about the digit in a file."""
-    console.print(f"serving on {url} (Ctrl-C stops); interactive documentation: {url}docs\n")
+    console.print(f"serving on {url} (Ctrl-C stops); interactive documentation: {url}/docs\n")
     print(  # noqa: T201  a line to paste, which no terminal width may break
-        f"curl -s {url}v1/models/digits/predict -H 'content-type: application/json' "
+        f"curl -s {url}/v1/models/digits/predict -H 'content-type: application/json' "
         f'-d \'{{"latency_budget_ms": 5, "inputs": [{{"image": "\'$(base64 < {sample} | tr -d "\\n")\'"}}]}}\'\n'
-        f".venv/bin/hbll predict {sample} --model digits --budget-ms 5 --url {str(url).rstrip('/')}"
+        f".venv/bin/hbll predict {sample} --model digits --budget-ms 5 --url {url}"
     )
 
 
