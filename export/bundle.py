@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path as FilePath
 
@@ -165,9 +166,9 @@ def costs(family: Family) -> tuple[Cost, Cost]:
     with torch.no_grad():
         state = family.embed(example)
         flops = Cost(
-            _flops(lambda: family.embed(example)),
-            {node: _flops(lambda node=node: family.blocks.at(node, state)) for node in family.tree.nodes},  # type: ignore[misc]
-            _flops(lambda: family.head(state)),
+            _flops(partial(family.embed, example)),
+            {node: _flops(partial(family.blocks.at, node, state)) for node in family.tree.nodes},
+            _flops(partial(family.head, state)),
         )
         sizes = {node: sum(w.numel() for w in family.blocks.of(node).values()) for node in family.tree.nodes}
     embed, head = (sum(p.numel() for p in part.parameters()) for part in (family.embed, family.head))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 import httpx
@@ -44,11 +45,11 @@ def serve(models: Path | None, host: str, port: int, threads: int | None, device
       hbll serve models --port 8000
       curl localhost:8000/v1/models
     """
-    given = {"models": models, "threads": threads, "device": device}
+    given: dict[str, Any] = {"models": models, "threads": threads, "device": device}
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        settings = Settings(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        settings = Settings(**{key: value for key, value in given.items() if value is not None})
         app = create_app(settings)
     except ValidationError as exc:
         problems = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
@@ -169,7 +170,7 @@ def _only_model(client: httpx.Client) -> str:
     return str(names[0])
 
 
-def _answer(response: httpx.Response) -> dict:  # type: ignore[type-arg]
+def _answer(response: httpx.Response) -> dict[str, Any]:
     try:
         content = response.json()
     except ValueError:
