@@ -33,14 +33,14 @@ def reference_path(tree: Tree, accuracies: Mapping[Path, float]) -> Path:
 
 
 def climb(tree: Tree, accuracies: Mapping[Path, float]) -> tuple[Path, ...]:
-    """The fixed sequence of paths at which a row that goes deeper gets its answers: the ladder's rungs, each more
-    accurate than the one before, and at the end the reference path. Where nothing of the ladder is offered: the Pareto
-    front, which ends there too."""
+    """The fixed sequence of paths at which a row that goes deeper gets its answers: the ladder's rungs that are
+    shallower than the reference path, each more accurate than the one before, and at the end the reference path. Where
+    nothing of the ladder is offered: the Pareto front, which ends there too."""
     reference = reference_path(tree, accuracies)
     targets: list[Path] = []
     for path in [path for path in tree.ladder if path in accuracies] or pareto_front(tree, accuracies):
         best = accuracies[targets[-1]] if targets else -1.0
-        if best < accuracies[path] < accuracies[reference]:
+        if len(path) < len(reference) and best < accuracies[path]:
             targets.append(path)
     return (*targets, reference)
 

@@ -42,8 +42,13 @@ def test_a_climb_ends_at_the_reference_even_if_a_rung_is_as_good() -> None:
     """What is certified is agreement with the reference path: once a tie let the climb end at another one."""
     accuracies = {(4,): 0.80, (4, 6): 0.85, (4, 6, 7): 0.90, (2, 4): 0.90}
     assert reference_path(TREE, accuracies) == (2, 4)
-    assert climb(TREE, accuracies) == ((4,), (4, 6), (2, 4))
+    assert climb(TREE, accuracies) == ((4,), (2, 4))
     assert climb(TREE, {(4,): 0.9, TREE.full: 0.9}) == ((4,),)
+
+
+def test_a_climb_never_goes_deeper_than_the_reference_to_come_back_to_it() -> None:
+    """A family that falls with depth once climbed to two blocks and then started again for the better first one."""
+    assert climb(TREE, {(4,): 0.45, (4, 6): 0.37, (4, 6, 7): 0.24}) == ((4,),)
 
 
 @given(accuracies)
@@ -52,3 +57,4 @@ def test_a_climb_rises_to_the_reference(of: dict[tuple[int, ...], float]) -> Non
     assert sequence[-1] == reference_path(TREE, of)
     values = [of[path] for path in sequence]
     assert values == sorted(set(values))
+    assert [len(path) for path in sequence] == sorted({len(path) for path in sequence})
