@@ -134,7 +134,7 @@ def run_replay(
     timeout_s: float = 30.0,
     connections: int = 16,
 ) -> list[Outcome]:
-    """`replay` in a loop of its own, uvloop's where it is installed, because that halves the cost of a request."""
+    """`replay` in a loop of its own, uvloop's where it is installed."""
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     with suppress(ModuleNotFoundError):  # Windows
         import uvloop
