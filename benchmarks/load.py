@@ -254,8 +254,9 @@ class _Replay:
 
     async def _connect(self, connection: _Connection) -> None:
         try:
-            await self.loop.create_connection(lambda: connection, *self._address)
-        except OSError as exc:
+            async with asyncio.timeout(self.timeout_s):
+                await self.loop.create_connection(lambda: connection, *self._address)
+        except OSError as exc:  # TimeoutError is one
             connection.fail(f"no connection: {exc}")
 
 
