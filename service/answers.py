@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from family.tree import Path
-from service.policy import StoppedBy, Wish
+from service.drift import DriftWatch
+from service.policy.state import Step
+from service.policy.wish import StoppedBy, Wish
 from service.repository import ServedModel
 from service.runtime import Rows
+from service.tracing import Timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,12 @@ OnAnswer = Callable[[int, RowAnswer], None]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A request's answer: one entry per row in the order they came, and where its time went."""
+    """A request's answer: one entry per row in the order they came, and where its time went. `spans` only for traces."""
 
     rows: tuple[RowAnswer, ...]
     queue_s: float
     compute_s: float
+    spans: tuple[Timed, ...] = ()
 
 
 class Engine(Protocol):
@@ -60,6 +64,22 @@ class Engine(Protocol):
 
     def require_room(self, rows: int) -> None:
         """Raise what `submit` would raise for that many rows now."""
+        ...
+
+    def add(self, model: ServedModel) -> None:
+        """Serve one more model, which is warm."""
+        ...
+
+    def retire(self, model: ServedModel) -> None:
+        """Forget a model once the last of its rows has been answered."""
+        ...
+
+    def drift(self, model: ServedModel) -> DriftWatch | None:
+        """The alarms of a model; none while it is not warm."""
+        ...
+
+    def foresee(self, model: ServedModel, wish: Wish, rows: int) -> tuple[Step, ...]:
+        """The answers that such a request could expect now."""
         ...
 
     async def submit(

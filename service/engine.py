@@ -1,29 +1,30 @@
-"""The simple engine: one bounded first-come queue, batches of rows that can run together, one inference thread.
+"""The loop that carries the policies' decisions out: admits requests, runs batches, delivers answers.
 
-A batch is one segment in one call. Rows that climb come back to the head of the queue between rungs, so each row is
-answered when it stops, whoever it shared a batch with, and newcomers can join.
-
-It owns all asyncio state of serving. Routes see the protocol in `service.answers`; the rules of depth are in
-`service.policy`; models run behind the `Runner` protocol. So another engine can take its place without touching either
-side.
+It owns all asyncio state of serving. Which rows run when, and through which blocks, is decided in `service.policy`;
+models run behind the `Runner` protocol, in the thread of `service.worker`; routes see the protocol in
+`service.answers`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from family.tree import Path
+from family.tree import Path, format_path
 from service.answers import Answer, OnAnswer, RowAnswer
+from service.drift import AUDIT_PATIENCE_S, DriftWatch
 from service.errors import (
     DeadlineExpired,
     DeadlineInfeasible,
@@ -33,67 +34,65 @@ from service.errors import (
     ServiceError,
 )
 from service.metrics import Metrics
-from service.policy import StoppedBy, Wish, choose_target, least_segment, segment_between, stops_climbing
-from service.profile import Segment
+from service.policy import make_policy
+from service.policy.scheduler import Scheduler
+from service.policy.state import Batch, Decision, Offer, Row, Step
+from service.policy.wish import StoppedBy, Wish
 from service.repository import ServedModel
 from service.runtime import Output, Rows
+from service.tracing import Timed
+from service.worker import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Ticket:
     """A request in flight."""
 
     model: ServedModel
-    wish: Wish
     arrived_s: float
     done: asyncio.Future[Answer]
     answers: list[RowAnswer | None]
     on_answer: OnAnswer | None
+    spans: list[Timed] | None
+    rows: list[_Row] = field(default_factory=list)
     queue_s: float | None = None
     compute_s: float = 0.0
 
 
-@dataclass(slots=True)
-class _Item:
-    """One row that waits: at the input, or on the ladder, where `source` is the state after the path `before`."""
-
-    ticket: _Ticket
-    index: int
-    x: Rows
-    source: Rows
-    before: Path | None = None
-
-
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """What a row wants to run next: `segment` leads to the answer of `path`. A row that climbs has no `stopped_by` yet;
-    `upcoming` is what it would run after this, if there is anything better."""
+class _Audit:
+    """Why a row runs that no client waits for: to know what the certified rule says where the deadline cut it short
+    (`early` is none), or what the reference path says to a row that was answered `early`."""
 
-    path: Path
-    segment: Segment
-    stopped_by: StoppedBy | None
-    upcoming: Segment | None = None
+    epsilon: float
+    early: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Rows of one model that run the same segment to the same path, each for its own reason."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Row(Row):
+    """A row of a ticket, or of an audit. `audited`: at its end it is to be audited."""
 
     model: ServedModel
-    items: tuple[_Item, ...]
-    steps: tuple[_Step, ...]
+    x: Rows
+    ticket: _Ticket | None = None
+    index: int = 0
+    state: Rows | None = None
+    latest: RowAnswer | None = None
+    audited: bool = False
+    audit: _Audit | None = None
 
 
 @dataclass(slots=True)
 class Engine:
-    """Admits requests, batches their rows, and answers them.
+    """Admits requests, batches their rows, and answers them. Made and used on one event loop.
 
     Args:
         max_batch: rows of one inference.
         max_queue_rows: rows that may wait; a request that does not fit is refused.
         reserve_s: time kept back from every budget to build and send the answer.
+        trace: whether answers carry the spans of their requests.
         clock: monotonic seconds.
     """
 
@@ -101,51 +100,92 @@ class Engine:
     max_batch: int
     max_queue_rows: int
     reserve_s: float
+    trace: bool = False
     clock: Callable[[], float] = time.monotonic
-    _queue: deque[_Item] = field(default_factory=deque)
-    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="inference"))
+    _scheduler: Scheduler[ServedModel] = field(default_factory=Scheduler)
+    _drift: dict[ServedModel, DriftWatch] = field(default_factory=dict)
+    _retiring: set[ServedModel] = field(default_factory=set)
+    _untold: list[_Row] = field(default_factory=list)  # with an answer that its client may want to hear of
+    _happened: asyncio.Event = field(default_factory=asyncio.Event)
+    _order: itertools.count[int] = field(default_factory=itertools.count)
+    _worker: Worker | None = None
     _loop_task: asyncio.Task[None] | None = None
+    _busy_until_s: float = 0.0
     _warm: bool = False
+    _well: bool = True
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     @property
     def ready(self) -> bool:
-        """Warm, not stopping, and its loop alive."""
+        """Warm, not stopping, its loop and its thread alive."""
         alive = self._loop_task is not None and not self._loop_task.done()
-        return self._warm and alive and not self._stopping.is_set()
+        return self._warm and self._well and alive and not self._stopping.is_set()
 
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Warm `models` up in the inference thread, then take requests."""
-        loop = asyncio.get_running_loop()
+        self._worker = Worker("inference")
         for model in models:
             if self._stopping.is_set():
                 return
-            await loop.run_in_executor(self._thread, model.warm_up, self.max_batch, self.clock, self._stopping.is_set)
+            await self._worker.run(partial(model.warm_up, self.max_batch, self.clock, self._stopping.is_set))
+            if model.profile is not None:
+                self.add(model)
         self._loop_task = asyncio.create_task(self._run_forever(), name="engine")
-        self._warm = True
+        self._warm = not self._stopping.is_set()
+
+    def add(self, model: ServedModel) -> None:
+        """Serve a model that is warm.
+
+        Raises:
+            ValueError: its policy is none, or offers nothing.
+        """
+        assert model.profile is not None
+        offer = Offer.of(model.manifest, model.profile, self.reserve_s, model.settings.min_depth)
+        self._scheduler.policies[model] = make_policy(model.settings.policy, offer)
+        self._drift[model] = DriftWatch(model.name, model.manifest, model.settings.audit_rate, self.metrics)
+
+    def retire(self, model: ServedModel) -> None:
+        """Forget a model, once the last of its rows has been answered."""
+        self._retiring.add(model)
+        self._happened.set()
+
+    def drift(self, model: ServedModel) -> DriftWatch | None:
+        """The alarms of a model; none while it is not warm."""
+        return self._drift.get(model)
 
     async def stop(self) -> None:
         """Take no more requests, deliver the batch that runs, refuse what waits."""
         self._stopping.set()
-        self._arrived.set()
+        self._happened.set()
         if self._loop_task is not None:
             await self._loop_task
-        self._fail_waiting(NotReady("the server is shutting down"))
-        await asyncio.to_thread(self._thread.shutdown)
+        self._fail_all(NotReady("the server is shutting down"))
+        if self._worker is not None:
+            await asyncio.to_thread(self._worker.stop)
 
     def require_room(self, rows: int) -> None:
         """Check that `rows` more may wait now, before work is put into decoding them.
 
         Raises:
-            NotReady: the engine is warming up or shutting down.
+            NotReady: the engine is warming up, shutting down, or its inference thread just died.
             QueueFull: too many rows wait.
         """
         if not self.ready:
             raise NotReady("the server is warming up or shutting down: ask again in a second")
-        waiting = len(self._queue)
+        waiting = self._scheduler.waiting()
         if waiting + rows > self.max_queue_rows:
             raise QueueFull(f"{waiting} rows wait already and at most {self.max_queue_rows} may, got {rows} more")
+
+    def foresee(self, model: ServedModel, wish: Wish, rows: int) -> tuple[Step, ...]:
+        """The answers that such a request could expect if it came now, on the engine's clock.
+
+        Raises:
+            NotReady: the model is not warm.
+        """
+        policy = self._scheduler.policies.get(model)
+        if policy is None:
+            raise NotReady("the model is warming up: ask again in a second")
+        return policy.foresee(wish, rows, max(self.clock(), self._busy_until_s))
 
     async def submit(
         self, model: ServedModel, x: Rows, wish: Wish, arrived_s: float, on_answer: OnAnswer | None = None
@@ -162,18 +202,28 @@ class Engine:
             InferenceFailed: the runtime raised.
         """
         self.require_room(len(x))
+        policy = self._scheduler.policies[model]
+        now = self.clock()
+        if wish.strict and wish.deadline_s is not None:
+            first = self.foresee(model, wish, len(x))[0]
+            if first.by_s > wish.deadline_s:
+                raise _infeasible(wish.deadline_s, first.by_s, arrived_s)
+        wish, audited = self._drift[model].admit(wish)
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        ticket = _Ticket(model, wish, arrived_s, done, [None] * len(x), on_answer)
-        self._require_feasible(ticket, self.clock(), len(self._queue) + len(x))
-        self._queue.extend(_Item(ticket, index, row, row) for index, row in enumerate(x))
+        ticket = _Ticket(model, arrived_s, done, [None] * len(x), on_answer, [] if self.trace else None)
+        for index, row in enumerate(x):
+            order = next(self._order)
+            ticket.rows.append(_Row(wish, now, order, model=model, x=row, ticket=ticket, index=index, audited=audited))
+        for waiting in ticket.rows:
+            policy.arrive(waiting, now)
         self.metrics.requests.labels(model.name).inc()
-        self.metrics.queue_rows.set(len(self._queue))
-        self._arrived.set()
+        self.metrics.queue_rows.set(self._scheduler.waiting())
+        self._happened.set()
         try:
-            return await ticket.done
+            return await done
         except asyncio.CancelledError:
-            self._queue = deque(item for item in self._queue if item.ticket is not ticket)
-            self.metrics.queue_rows.set(len(self._queue))
+            self._leave(ticket)
+            self.metrics.queue_rows.set(self._scheduler.waiting())
             raise
 
     async def _run_forever(self) -> None:
@@ -182,157 +232,200 @@ class Engine:
             try:
                 await self._run_once()
             except Exception:
-                logger.exception("the engine met an error of its own; the %d rows that wait are refused", len(self._queue))
-                self._fail_waiting(InferenceFailed("the server met an error of its own; its log has the cause"))
+                logger.exception("the engine met an error of its own; %d rows are refused", self._scheduler.waiting())
+                self._fail_all(InferenceFailed("the server met an error of its own; its log has the cause"))
 
     async def _run_once(self) -> None:
-        batch = self._next_batch()
-        self.metrics.queue_rows.set(len(self._queue))
-        if batch is None:
-            self._arrived.clear()
-            await self._arrived.wait()
-            return
-        self.metrics.batch_rows.labels(batch.model.name).observe(len(batch.items))
-        self.metrics.block_rows.labels(batch.model.name).inc(len(batch.items) * len(batch.steps[0].segment.nodes))
+        self._happened.clear()
         start = self.clock()
-        try:
-            output = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
-            self._deliver(batch, output, self.clock() - start)
-        except Exception:
-            logger.exception("inference of %d rows of %s failed", len(batch.items), batch.model.name)
-            for item in batch.items:
-                _fail(item.ticket, InferenceFailed("the model could not be run on this; the server's log has the cause"))
-
-    def _next_batch(self) -> _Batch | None:
-        """The oldest waiting row and the others that want to run the same. Leaves out who has gone or expired."""
-        now = self.clock()
-        size = min(len(self._queue), self.max_batch)
-        steps: dict[tuple[int, Path | None], _Step] = {}  # rows of a request at one place want the same
-        head: tuple[ServedModel, Path, Segment] | None = None
-        chosen: list[tuple[_Item, _Step]] = []
-        kept: deque[_Item] = deque()
-        waiting = iter(self._queue)  # which stays whole until this batch stands
-        for item in waiting:
-            ticket = item.ticket
-            if ticket.done.done():
-                continue
-            if ticket.wish.deadline_s is not None and now >= ticket.wish.deadline_s and ticket.queue_s is None:
-                _fail(ticket, DeadlineExpired("the latency budget ran out in the queue, before any block had run"))
-                continue
-            try:
-                if ticket.queue_s is None:
-                    self._require_feasible(ticket, now, max(size, len(ticket.answers)))
-            except DeadlineInfeasible as error:
-                _fail(ticket, error)
-                continue
-            step = steps.get((id(ticket), item.before))
-            if step is None:
-                step = steps[id(ticket), item.before] = self._step(item, now, size)
-            key = (ticket.model, step.path, step.segment)
-            head = head or key
-            if key != head:
-                kept.append(item)
-                continue
-            chosen.append((item, step))
-            if len(chosen) == self.max_batch:
-                break
-        kept.extend(waiting)
-        self._queue = kept
-        if head is None:
-            return None
-        for item, _ in chosen:
-            if item.ticket.queue_s is None:
-                item.ticket.queue_s = now - item.ticket.arrived_s
-        items, wanted = zip(*chosen, strict=True)
-        return _Batch(head[0], items, wanted)
-
-    def _require_feasible(self, ticket: _Ticket, now: float, rows: int) -> None:
-        """A strict request must be able to have its least answer in time, by the profile's prediction, if `rows` are
-        served before it or with it as it would be."""
-        wish, model = ticket.wish, ticket.model
-        if not wish.strict or wish.deadline_s is None:
+        decisions, model, batch = self._scheduler.decide(start)
+        self.metrics.decision_seconds.observe(self.clock() - start)
+        if batch is None or model is None:
+            self._settle(decisions)
+            self._forget_retired()
+            await self._wait(self._scheduler.wake_s())
             return
-        segment = least_segment(model.manifest, wish)
-        batches, rest = divmod(rows, self.max_batch)
-        needed_s = batches * model.latency_s(segment, self.max_batch) + (model.latency_s(segment, rest) if rest else 0.0)
-        ends_s = now + needed_s + self.reserve_s
-        if ends_s > wish.deadline_s:
-            smallest_ms = round(1000 * (ends_s - ticket.arrived_s), 3)
-            budget_ms = 1000 * (wish.deadline_s - ticket.arrived_s)
-            raise DeadlineInfeasible(
-                f"a budget of {budget_ms:g} ms cannot be met now: expected at least {smallest_ms:g} ms",
-                smallest_feasible_budget_ms=smallest_ms,
+        rows = cast(Sequence[_Row], batch.rows)
+        self._busy_until_s = start + batch.expected_s
+        running = self._infer(model, batch, rows)  # before answers are built, so that the thread need not wait for them
+        self._settle(decisions)
+        try:
+            output = await running
+        except Exception:
+            logger.exception("inference of %d rows of %s failed", len(rows), model.name)
+            self._fail(rows, InferenceFailed("the model could not be run on this; the server's log has the cause"))
+            return
+        self._finish(model, batch, rows, output, start)
+
+    async def _wait(self, until_s: float) -> None:
+        """Until something happens, or until that time."""
+        if until_s == math.inf:
+            await self._happened.wait()
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._happened.wait(), max(0.0, until_s - self.clock()))
+
+    def _infer(self, model: ServedModel, batch: Batch, rows: Sequence[_Row]) -> asyncio.Future[Output]:
+        """Run a batch in the inference thread; once more, if the thread dies of something else meanwhile."""
+        assert self._worker is not None
+        worker, segment = self._worker, batch.segment
+        self.metrics.batch_rows.labels(model.name).observe(len(rows))
+        self.metrics.block_rows.labels(model.name).inc(len(rows) * len(segment.nodes))
+
+        def job() -> Output:
+            source = np.stack([row.x if segment.embed else row.state for row in rows])
+            return model.runner.run(
+                segment.nodes, source, embed=segment.embed, predict=batch.predict, keep_state=batch.keep_state
             )
 
-    def _step(self, item: _Item, now: float, rows: int) -> _Step:
-        model, wish = item.ticket.model, item.ticket.wish
-        if wish.exit_at is not None:
-            climb = model.manifest.climb
-            target, *further = climb if item.before is None else climb[climb.index(item.before) + 1 :]
-            upcoming = segment_between(target, further[0]) if further else None
-            return _Step(target, segment_between(item.before, target), None, upcoming)
-        slack_s = None if wish.deadline_s is None else wish.deadline_s - now - self.reserve_s
-        chosen = choose_target(model.manifest, wish, slack_s, rows, model.latency_s)
-        return _Step(chosen.path, Segment(chosen.path, embed=True), chosen.stopped_by)
+        async def again() -> Output:
+            try:
+                return await first
+            except WorkerDied:
+                self._well = False
+                self.metrics.worker_deaths.inc()
+                output = await worker.run(job)
+                self._well = True
+                return output
 
-    def _run(self, batch: _Batch) -> Output:
-        """In the inference thread."""
-        segment = batch.steps[0].segment
-        source = np.stack([item.x if segment.embed else item.source for item in batch.items])
-        keep_state = any(step.upcoming is not None and not step.upcoming.embed for step in batch.steps)
-        return batch.model.runner.run(segment.nodes, source, embed=segment.embed, keep_state=keep_state)
+        first = worker.run(job)
+        return asyncio.ensure_future(again())
 
-    def _deliver(self, batch: _Batch, output: Output, compute_s: float) -> None:
-        """Give the rows that are done their answers; the others go back to the head of the queue."""
-        assert output.logits is not None
-        model, path = batch.model, batch.steps[0].path
+    def _finish(self, model: ServedModel, batch: Batch, rows: Sequence[_Row], output: Output, start: float) -> None:
+        """Note the answers that a batch has brought, and tell the policy."""
         now = self.clock()
-        going_on: list[_Item] = []
-        tickets = {id(item.ticket): item.ticket for item in batch.items}.values()
-        for ticket in tickets:
-            ticket.compute_s += compute_s
-        probabilities = _probabilities(model, path, output.logits)
-        labels = probabilities.argmax(axis=1)
-        for row, (item, step) in enumerate(zip(batch.items, batch.steps, strict=True)):
-            if item.ticket.done.done():
-                continue  # its client has gone, or another of its rows failed
-            label = int(labels[row])
-            confidence = float(probabilities[row, label])
-            stopped_by = step.stopped_by or stops_climbing(
-                item.ticket.wish, confidence, step.upcoming, now, self.reserve_s, len(batch.items), model.latency_s
-            )
-            answer = RowAnswer(label, confidence, probabilities[row], path, stopped_by)
-            if item.ticket.on_answer is not None:
-                item.ticket.on_answer(item.index, answer)
-            if stopped_by is None:
-                item.before = path
-                item.source = item.x if output.state is None else output.state[row]
-                going_on.append(item)
-            else:
-                item.ticket.answers[item.index] = answer
-                self.metrics.answers.labels(model.name, len(path), stopped_by).inc()
-        self._queue.extendleft(reversed(going_on))
-        for ticket in tickets:
-            rows = tuple(answer for answer in ticket.answers if answer is not None)
-            if len(rows) == len(ticket.answers) and not ticket.done.done():
-                self.metrics.queue_seconds.labels(model.name).observe(ticket.queue_s or 0.0)
-                self.metrics.compute_seconds.labels(model.name).observe(ticket.compute_s)
-                ticket.done.set_result(Answer(rows, ticket.queue_s or 0.0, ticket.compute_s))
+        assert model.profile is not None
+        model.profile.observe(batch.segment, len(rows), now - start)
+        self.metrics.profile_ratio.labels(model.name).observe((now - start) / batch.expected_s)
+        ends = [len(row.at) * (not batch.segment.embed) + len(batch.segment.nodes) == len(row.target) for row in rows]
+        confidences = [0.0] * len(rows)
+        if output.logits is not None:
+            paths = [row.target if end else model.manifest.reference for row, end in zip(rows, ends, strict=True)]
+            probabilities = _probabilities(model, paths, output.logits)
+            labels = probabilities.argmax(axis=1).tolist()
+            confidences = probabilities.max(axis=1).tolist()
+        for ticket in {id(row.ticket): row.ticket for row in rows if row.ticket is not None}.values():
+            if ticket.queue_s is None:
+                ticket.queue_s = start - ticket.arrived_s
+            ticket.compute_s += now - start
+            if ticket.spans is not None:
+                attributes = {"hbll.nodes": format_path(batch.segment.nodes), "hbll.rows": len(rows)}
+                ticket.spans.append(Timed("segment", start, now, attributes))
+        for place, row in enumerate(rows):
+            row.state = None if output.state is None else output.state[place]
+            if ends[place]:
+                row.latest = RowAnswer(labels[place], confidences[place], probabilities[place], row.target, None)
+                if row.ticket is not None and row.ticket.on_answer is not None:
+                    self._untold.append(row)
+        self._scheduler.policies[model].finished(batch, confidences, now)
 
-    def _fail_waiting(self, error: ServiceError) -> None:
-        while self._queue:
-            _fail(self._queue.popleft().ticket, error)
+    def _settle(self, decisions: Iterable[Decision]) -> None:
+        """Deliver what is decided."""
+        for decision in decisions:
+            for row, stopped_by in cast(Sequence[tuple[_Row, StoppedBy]], decision.done):
+                self._deliver(row, stopped_by)
+            for row in cast(Sequence[_Row], decision.expired):
+                self._fail([row], DeadlineExpired("the latency budget ran out in the queue, before any block had run"))
+            for row in cast(Sequence[_Row], decision.refused):
+                if row.ticket is not None:
+                    by_s = self._scheduler.policies[row.model].foresee(row.wish, 1, max(self.clock(), self._busy_until_s))
+                    self._fail([row], _infeasible(row.deadline_s, by_s[0].by_s, row.ticket.arrived_s))
+        for row in self._untold:
+            ticket = row.ticket
+            if ticket is None or ticket.on_answer is None or ticket.done.done() or ticket.answers[row.index] is not None:
+                continue  # its client has gone, or was told already that this is the final one
+            assert row.latest is not None
+            ticket.on_answer(row.index, row.latest)
+        self._untold.clear()
+        self.metrics.queue_rows.set(self._scheduler.waiting())
+
+    def _deliver(self, row: _Row, stopped_by: StoppedBy) -> None:
+        """A row has its final answer."""
+        assert row.latest is not None
+        if row.audited or row.audit is not None:
+            self._audit(row, stopped_by)
+        ticket = row.ticket
+        if ticket is None or ticket.done.done():
+            return
+        answer = replace(row.latest, stopped_by=stopped_by)
+        ticket.answers[row.index] = answer
+        self.metrics.answers.labels(row.model.name, len(answer.path), stopped_by).inc()
+        if ticket.on_answer is not None:
+            ticket.on_answer(row.index, answer)
+        answers = [answer for answer in ticket.answers if answer is not None]
+        if len(answers) == len(ticket.answers):
+            queue_s = ticket.queue_s or 0.0
+            self.metrics.queue_seconds.labels(row.model.name).observe(queue_s)
+            self.metrics.compute_seconds.labels(row.model.name).observe(ticket.compute_s)
+            spans = ticket.spans
+            if spans is not None:
+                spans.insert(0, Timed("queue", ticket.arrived_s, ticket.arrived_s + queue_s))
+            ticket.done.set_result(Answer(tuple(answers), queue_s, ticket.compute_s, tuple(spans or ())))
+
+    def _audit(self, row: _Row, stopped_by: StoppedBy) -> None:
+        """Take a row that is to be audited, or an audit's own, one step further."""
+        assert row.latest is not None
+        audit, drift = row.audit, self._drift.get(row.model)
+        epsilon = row.wish.risk if audit is None else audit.epsilon
+        if drift is None or epsilon is None:
+            return
+        label = row.latest.label
+        if audit is not None and audit.early is not None:
+            drift.observe(epsilon, differs=label != audit.early)
+            return
+        if stopped_by == "complete":  # nothing was left early
+            drift.observe(epsilon, differs=False)
+            return
+        patient = replace(row.wish, deadline_s=None, strict=False, patience_s=AUDIT_PATIENCE_S)
+        if stopped_by == "risk":
+            patient = replace(patient, path=row.model.manifest.reference, exit_at=None, asked_as="path")
+        follow = _Audit(epsilon, label if stopped_by == "risk" else None)
+        now = self.clock()
+        another = _Row(patient, now, next(self._order), model=row.model, x=row.x, audit=follow)
+        self._scheduler.policies[row.model].arrive(another, now)
+        self._happened.set()
+
+    def _fail(self, rows: Iterable[_Row], error: ServiceError) -> None:
+        """Refuse the requests of these rows."""
+        for row in rows:
+            ticket = row.ticket
+            if ticket is None:
+                self._scheduler.policies[row.model].leave(row)
+            elif not ticket.done.done():
+                ticket.done.set_exception(error)
+                self._leave(ticket)
+
+    def _leave(self, ticket: _Ticket) -> None:
+        """Take all rows of a request out of the policy."""
+        policy = self._scheduler.policies[ticket.model]
+        for row in ticket.rows:
+            policy.leave(row)
+
+    def _fail_all(self, error: ServiceError) -> None:
+        """Refuse whatever is in flight, and start from nothing: a policy that failed is not trusted with its state."""
+        for policy in self._scheduler.policies.values():
+            self._fail(cast(list[_Row], policy.rows()), error)
+        self._untold.clear()
+
+    def _forget_retired(self) -> None:
+        for model in [model for model in self._retiring if not self._scheduler.policies[model].waiting()]:
+            self._retiring.discard(model)
+            del self._scheduler.policies[model], self._drift[model]
 
 
-def _probabilities(model: ServedModel, path: Path, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`softmax(logits / temperature of the path)`, `(rows, classes) float32`."""
-    scaled = logits / np.float32(model.manifest.offered[path].temperature)
+def _probabilities(model: ServedModel, paths: Sequence[Path], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`softmax(logits / temperature of each row's path)`, `(rows, classes) float32`."""
+    offered = model.manifest.offered
+    scaled = logits / np.array([[offered[path].temperature] for path in paths], np.float32)
     scaled -= scaled.max(axis=1, keepdims=True)
     np.exp(scaled, out=scaled)
     scaled /= scaled.sum(axis=1, keepdims=True)
     return scaled
 
 
-def _fail(ticket: _Ticket, error: ServiceError) -> None:
-    if not ticket.done.done():
-        ticket.done.set_exception(error)
+def _infeasible(deadline_s: float, by_s: float, arrived_s: float) -> DeadlineInfeasible:
+    smallest_ms = round(1000 * (by_s - arrived_s), 3)
+    return DeadlineInfeasible(
+        f"a budget of {1000 * (deadline_s - arrived_s):g} ms cannot be met now: expected at least {smallest_ms:g} ms",
+        smallest_feasible_budget_ms=smallest_ms,
+    )

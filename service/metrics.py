@@ -5,6 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_DECISIONS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
+_RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -27,6 +29,27 @@ class Metrics:
         )
         self.total_seconds = Histogram(
             "hbll_total_seconds", "From arrival to the answer", ["model"], buckets=_SECONDS, registry=registry
+        )
+        self.decision_seconds = Histogram(
+            "hbll_decision_seconds", "What the policy takes to decide", buckets=_DECISIONS, registry=registry
+        )
+        self.profile_ratio = Histogram(
+            "hbll_profile_ratio",
+            "What a run took, by what it was expected to take",
+            ["model"],
+            buckets=_RATIOS,
+            registry=registry,
+        )
+        self.audits = Counter(
+            "hbll_audits", "Audits of certified answers", ["model", "epsilon", "differs"], registry=registry
+        )
+        self.drift = Gauge(
+            "hbll_drift_alarm", "1 when audits have refuted a level", ["model", "epsilon"], registry=registry
+        )
+        self.worker_deaths = Counter("hbll_worker_deaths", "Deaths of the inference thread", registry=registry)
+        self.reloads = Counter("hbll_reloads", "New versions found", ["model", "loaded"], registry=registry)
+        self.gc_seconds = Histogram(
+            "hbll_gc_pause_seconds", "Pauses by Python's garbage collection", buckets=_DECISIONS, registry=registry
         )
         self.batch_rows = Histogram("hbll_batch_rows", "Rows of one inference", ["model"], buckets=_ROWS, registry=registry)
         self.ready = Gauge("hbll_ready", "1 when the server is ready", registry=registry)

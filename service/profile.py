@@ -1,69 +1,185 @@
-"""How long a part of a path takes on this machine: measured at warm-up, answered as a quantile, not a mean."""
+"""How long a part of a path takes on this machine: measured at warm-up, corrected by every run, told as a quantile.
+
+A run is a call, perhaps the embedding, some blocks, and the head: these parts are timed (medians, at several batch
+sizes) and added up. What a run really takes is told in relation to that sum, by the 0.9 quantile of the ratios of the
+latest runs of about the same batch size. So a processor that somebody else wants too shows after a few runs, and is
+forgotten as fast.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from family.tree import Path
 
 QUANTILE = 0.9
-_LEAST_RUNS, _MOST_RUNS, _CELL_S = 5, 30, 0.015
+_WINDOW = 50
+_LEAST_RUNS, _MOST_RUNS, _CELL_S = 5, 30, 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A part of a path in one run, with the head read at its end: `nodes`, and whether it starts at the input."""
+class Segment(NamedTuple):
+    """A part of a path in one run: `nodes` (may be none), and whether it starts at the input, with the embedding."""
 
     nodes: Path
     embed: bool
 
 
-@dataclass(frozen=True, slots=True)
+class Parts(BaseModel):
+    """Median seconds of the parts of a run at each of the rising batch sizes `batches`; all rows of a tuple per size.
+
+    `embed`, `head` and each of `nodes` are what the part adds to the `call`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    batches: tuple[int, ...] = Field(min_length=1)
+    call: tuple[float, ...]
+    embed: tuple[float, ...]
+    head: tuple[float, ...]
+    nodes: dict[int, tuple[float, ...]]
+
+    @model_validator(mode="after")
+    def _is_a_table(self) -> Parts:
+        if self.batches[0] != 1 or list(self.batches) != sorted(set(self.batches)):
+            raise ValueError(f"expected rising batch sizes from 1, got {list(self.batches)}")
+        for column in (self.call, self.embed, self.head, *self.nodes.values()):
+            if len(column) != len(self.batches) or min(column) < 0:
+                raise ValueError("expected a time, not negative, for every batch size")
+        return self
+
+
 class LatencyProfile:
-    """Seconds of (segment, batch size), for the segments that the policy can ask for."""
+    """Predicts the seconds of a run, and learns from what runs took."""
 
-    cells: Mapping[tuple[Segment, int], float]
-    batches: tuple[int, ...]  # rising
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.max_batch = parts.batches[-1]
+        self._typical: dict[Segment, list[float]] = {}
+        self._ratios = [_Window() for _ in range(self.max_batch.bit_length() + 1)]
 
-    def latency_s(self, segment: Segment, rows: int) -> float:
-        """The measured quantile for the next larger profiled batch; beyond the largest, as many of those as needed.
+    def typical_s(self, segment: Segment, rows: int) -> float:
+        """The median at warm-up, between batch sizes interpolated; beyond the largest, as many of those as needed.
 
         Raises:
-            KeyError: the segment was not profiled.
+            KeyError: the segment has a block that was not timed.
         """
-        for batch in self.batches:
-            if rows <= batch:
-                return self.cells[segment, batch]
-        largest = self.batches[-1]
-        return self.cells[segment, largest] * -(-rows // largest)
+        table = self._table(segment)
+        if rows <= self.max_batch:
+            return table[rows]
+        whole, rest = divmod(rows, self.max_batch)
+        return whole * table[self.max_batch] + table[rest]
+
+    def latency_s(self, segment: Segment, rows: int) -> float:
+        """The 0.9 quantile as of late: what to count on."""
+        return self.typical_s(segment, rows) * self._window(rows).quantile
+
+    def observe(self, segment: Segment, rows: int, took_s: float) -> None:
+        """Learn that a run took so long."""
+        expected_s = self.typical_s(segment, rows)
+        if expected_s > 0:
+            self._window(rows).add(took_s / expected_s)
+
+    def ratio(self, rows: int) -> float:
+        """By how much runs of about so many rows exceed their typical time, as a quantile."""
+        return self._window(rows).quantile
+
+    def _window(self, rows: int) -> _Window:
+        return self._ratios[min(rows, self.max_batch).bit_length()]
+
+    def _table(self, segment: Segment) -> list[float]:
+        """Seconds by number of rows, 0 to the largest batch."""
+        table = self._typical.get(segment)
+        if table is None:
+            parts = self.parts
+            columns = [parts.call, parts.head, *(parts.nodes[node] for node in segment.nodes)]
+            if segment.embed:
+                columns.append(parts.embed)
+            at_batches = np.sum(columns, axis=0)
+            table = [0.0, *np.interp(np.arange(1, self.max_batch + 1), parts.batches, at_batches).tolist()]
+            self._typical[segment] = table
+        return table
 
 
-def measure_profile(
-    run: Callable[[Segment, int], object],
+class _Window:
+    """The latest ratios and their quantile; before there are any, 1."""
+
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque()
+        self._sorted: list[float] = []
+        self.quantile = 1.0
+
+    def add(self, ratio: float) -> None:
+        if len(self._latest) == _WINDOW:
+            del self._sorted[bisect_left(self._sorted, self._latest.popleft())]
+        self._latest.append(ratio)
+        insort(self._sorted, ratio)
+        self.quantile = self._sorted[min(int(QUANTILE * len(self._sorted)), len(self._sorted) - 1)]
+
+
+Run = Callable[[Segment, int, bool], object]
+"""Does one inference of (segment, rows, whether the head is read)."""
+
+
+def measure_parts(
+    run: Run, nodes: Iterable[int], max_batch: int, clock: Callable[[], float], stop: Callable[[], bool] = lambda: False
+) -> Parts | None:
+    """Time the parts of a run at batch sizes 1, 2, 4, ... and `max_batch`; none if `stop` said so in between.
+
+    Each cell takes its first run as warm-up and then repeats for at least 5 runs and 10 ms.
+    """
+    batches = tuple(sorted({max_batch, *(2**k for k in range(16) if 2**k < max_batch)}))
+
+    def column(segment: Segment, predict: bool) -> list[float]:
+        return [_median_s(run, segment, rows, predict, clock) for rows in batches if not stop()]
+
+    call = column(Segment((), False), False)
+    embed = column(Segment((), True), False)
+    head = column(Segment((), False), True)
+    blocks = {node: column(Segment((node,), False), False) for node in nodes}
+    if stop():
+        return None
+
+    def added(times: list[float]) -> tuple[float, ...]:
+        return tuple(max(0.0, time - base) for time, base in zip(times, call, strict=True))
+
+    return Parts(
+        batches=batches,
+        call=tuple(call),
+        embed=added(embed),
+        head=added(head),
+        nodes={node: added(times) for node, times in blocks.items()},
+    )
+
+
+def warm_up_profile(
+    profile: LatencyProfile,
+    run: Run,
     segments: Iterable[Segment],
-    max_batch: int,
     clock: Callable[[], float],
     stop: Callable[[], bool] = lambda: False,
-) -> LatencyProfile | None:
-    """Time every segment at batch sizes 1, 4, 16, ... and `max_batch`; none if `stop` said so in between.
-
-    `run(segment, rows)` does one inference. Each cell takes its first run as warm-up and then repeats for at least
-    5 runs and 15 ms.
-    """
-    batches = tuple(sorted({max_batch, *(4**k for k in range(16) if 4**k < max_batch)}))
-    cells = {}
+) -> None:
+    """Let `profile` learn from some runs of whole segments at every batch size, until `stop` says so."""
     for segment in segments:
-        for batch in batches:
-            if stop():
-                return None
-            run(segment, batch)
-            times: list[float] = []
-            while len(times) < _LEAST_RUNS or (sum(times) < _CELL_S and len(times) < _MOST_RUNS):
+        for rows in profile.parts.batches:
+            for _ in range(_LEAST_RUNS):
+                if stop():
+                    return
                 start = clock()
-                run(segment, batch)
-                times.append(clock() - start)
-            cells[segment, batch] = float(np.quantile(times, QUANTILE))
-    return LatencyProfile(cells, batches)
+                run(segment, rows, True)
+                profile.observe(segment, rows, clock() - start)
+
+
+def _median_s(run: Run, segment: Segment, rows: int, predict: bool, clock: Callable[[], float]) -> float:
+    run(segment, rows, predict)
+    times: list[float] = []
+    while len(times) < _LEAST_RUNS or (sum(times) < _CELL_S and len(times) < _MOST_RUNS):
+        start = clock()
+        run(segment, rows, predict)
+        times.append(clock() - start)
+    return float(np.median(times))

@@ -51,6 +51,16 @@ class Runtime:
         self._no_state = np.zeros((0, *manifest.state.shape[1:]), np.float32)
         self._flags = (np.array(False), np.array(True))
 
+    @property
+    def name(self) -> str:
+        """The library and its version."""
+        return f"onnxruntime {ort.__version__}"
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The session's execution providers, preferred first."""
+        return tuple(self._session.get_providers())
+
     def run(self, nodes: Path, source: Rows, *, embed: bool, predict: bool = True, keep_state: bool = False) -> Output:
         """Run the blocks of `nodes` in rising order.
 

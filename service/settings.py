@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.policy import DEFAULT_POLICY, check_policy_name
 
 _PREFIX = "HBLL_"
 
@@ -18,7 +20,35 @@ def spare_cores() -> int:
     return max(1, usable - 1)
 
 
-class Settings(BaseSettings):
+def default_cache_dir() -> Path:
+    """The user's cache folder by the XDG specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hbll"
+
+
+class ModelSettings(BaseModel):
+    """What can be set for each model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: str = Field(
+        DEFAULT_POLICY,
+        description="how requests are scheduled: ladder-edf, or one to compare it with (static(PATH), aimd(PATH), cheapest, "
+        "max-accuracy, max-batch, slackfit, clockwork)",
+    )
+    min_depth: int = Field(1, ge=1, description="fewest blocks of an answer: what would be shallower is refused")
+    default_latency_budget_ms: float | None = Field(None, gt=0, description="budget of requests without any wish")
+    audit_rate: float = Field(
+        0.01, ge=0, le=1, description="share of requests with max_risk that are compared with the reference path"
+    )
+
+    @field_validator("policy")
+    @classmethod
+    def _is_a_policy(cls, name: str) -> str:
+        check_policy_name(name)
+        return name
+
+
+class Settings(BaseSettings, ModelSettings):
     """Everything that can be set about a server. An unknown or bad value stops start-up and names the key."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
@@ -31,8 +61,31 @@ class Settings(BaseSettings):
     max_request_rows: int = Field(256, ge=1, description="rows of one request")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="longest request body")
     max_image_pixels: int = Field(16_000_000, ge=1, description="pixels of all images of a request, before resizing")
-    default_latency_budget_ms: float | None = Field(None, gt=0, description="budget of requests without any wish")
     reserve_ms: float = Field(1.0, ge=0, description="time kept back from every budget to build and send the answer")
+    cache_dir: Path = Field(
+        default_factory=default_cache_dir, description="where measured latencies are kept for the next start"
+    )
+    poll_s: float = Field(
+        10.0,
+        ge=0,
+        description="how often the repository is searched for new versions, which then replace the old; 0: never",
+    )
+    per_model: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description='settings of single models, like {"digits": {"min_depth": 2}}: policy, min_depth, '
+        "default_latency_budget_ms, audit_rate",
+    )
+
+    def of_model(self, name: str) -> ModelSettings:
+        """What is set for this model: its own, else the server's."""
+        common = {key: getattr(self, key) for key in ModelSettings.model_fields}
+        return ModelSettings.model_validate(common | self.per_model.get(name, {}))
+
+    @model_validator(mode="after")
+    def _models_can_be_set(self) -> Settings:
+        for name in self.per_model:
+            self.of_model(name)
+        return self
 
     @model_validator(mode="after")
     def _is_possible(self) -> Settings:

@@ -1,0 +1,282 @@
+"""The policies that ours is compared with, as published, on whole paths: one queue, earliest deadline first.
+
+They differ in what they choose for rows without a wish: which path, and how many rows. An explicit path is obeyed by all,
+and rows with a confidence target climb, a batch from answer to answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+
+from family.tree import Path
+from service.policy.queues import SortedQueue
+from service.policy.state import Batch, Decision, Offer, Row, Step
+from service.policy.wish import StoppedBy, Wish
+from service.profile import Segment
+
+
+class WholePaths:
+    """What the baselines share; the methods are those of `Policy`.
+
+    `choose(now_s, slack_s, waiting)` gives the path and the largest number of rows of the next batch.
+    """
+
+    def __init__(self, offer: Offer) -> None:
+        self._offer = offer
+        self._queue: SortedQueue[Row] = SortedQueue()
+        self._done: list[tuple[Row, StoppedBy]] = []
+
+    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:
+        """The path and at most how many rows, for a head with this slack."""
+        raise NotImplementedError
+
+    def late(self, batch: Batch, now_s: float) -> None:
+        """Told of every batch that has run."""
+
+    def waiting(self) -> int:
+        """See `Policy`."""
+        return len(self._queue)
+
+    def rows(self) -> list[Row]:
+        """See `Policy`."""
+        return [*self._queue, *(row for row, _ in self._done)]
+
+    def arrive(self, row: Row, now_s: float) -> None:  # noqa: ARG002
+        """See `Policy`."""
+        row.target = row.wish.path or self._offer.climb[0]
+        self._place(row)
+
+    def leave(self, row: Row) -> None:
+        """See `Policy`."""
+        row.gone = True
+        if row.place is not None:
+            self._leaves(row)
+
+    def _leaves(self, row: Row) -> None:
+        self._queue.remove(row.urgency)
+        row.place = None
+
+    def _overdue(self, until_s: float) -> list[Row]:
+        """The rows at the head of the queue that are due by then."""
+        return list(takewhile(lambda row: row.urgency[0] <= until_s, self._queue))
+
+    def wake_s(self) -> float:
+        """See `Policy`: whatever waits runs as soon as it can."""
+        return math.inf
+
+    def spare_s(self, now_s: float) -> float:
+        """See `Policy`."""
+        if not self._queue:
+            return math.inf
+        due_s: float = self._queue.key(0)[0]
+        return due_s - now_s - self._offer.reserve_s - self._latency_s(self._offer.front[0], 1)
+
+    def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:  # noqa: ARG002 (baselines are selfish)
+        """See `Policy`."""
+        decision = self.settle(now_s, now_s)
+        if not self._queue:
+            return decision
+        head = self._queue[0]
+        slack_s = head.deadline_s - now_s - self._offer.reserve_s
+        most = self._offer.profile.max_batch
+        if _is_free(head):
+            head.target, most = self.choose(now_s, slack_s, len(self._queue))
+        segment = head.rest
+        places = []
+        for place, row in enumerate(self._queue):
+            if row is head or (_is_free(row) and _is_free(head)) or row.rest == segment:
+                row.target = head.target
+                places.append(place)
+                if len(places) == most:
+                    break
+        rows = self._queue.take_places(places)
+        for row in rows:
+            row.place = None
+        decision.batch = Batch.of(rows, segment, self._offer)
+        return decision
+
+    def settle(self, now_s: float, until_s: float) -> Decision:  # noqa: ARG002
+        """See `Policy`."""
+        decision = Decision(done=self._done)
+        self._done = []
+        for row in self._overdue(now_s):
+            if not row.at and row.deadline_s <= now_s:
+                self._leaves(row)
+                decision.expired.append(row)
+        self.drop(now_s, decision)
+        return decision
+
+    def foresee(self, wish: Wish, rows: int, now_s: float) -> tuple[Step, ...]:
+        """See `Policy`: as if all that waits ran before it, on the path that it would get."""
+        slack_s = math.inf if wish.deadline_s is None else wish.deadline_s - now_s - self._offer.reserve_s
+        path = wish.path
+        if path is None:
+            path = self._offer.climb[0] if wish.exit_at is not None else self.choose(now_s, slack_s, rows)[0]
+        took_s = self._latency_s(path, rows + len(self._queue))
+        return (Step(path, now_s + self._offer.reserve_s + took_s),)
+
+    def drop(self, now_s: float, decision: Decision) -> None:
+        """Rows that the policy gives up; here only strict ones that are too late."""
+        least_s = now_s + self._offer.reserve_s
+        for row in self._overdue(least_s + self._latency_s(self._offer.reference, 1)):
+            if row.wish.strict and not row.at and row.deadline_s < least_s + self._offer.profile.latency_s(row.rest, 1):
+                self._leaves(row)
+                decision.refused.append(row)
+
+    def finished(self, batch: Batch, confidences: Sequence[float], now_s: float) -> None:
+        """See `Policy`."""
+        self.late(batch, now_s)
+        offer = self._offer
+        for row, confidence in zip(batch.rows, confidences, strict=True):
+            if row.gone:
+                continue
+            row.at = row.answered = row.target
+            row.confidence = confidence
+            following = offer.after(row.target) if row.wish.exit_at is not None else None
+            if row.wish.path is not None or (row.wish.exit_at is not None and confidence >= row.wish.exit_at):
+                self._done.append((row, row.wish.asked_as))
+            elif row.wish.exit_at is None:
+                self._done.append((row, "complete" if row.target == offer.reference else "load"))
+            elif following is None:
+                self._done.append((row, "complete"))
+            else:
+                row.target = following
+                if now_s + offer.profile.latency_s(row.rest, 1) + offer.reserve_s > row.deadline_s:
+                    self._done.append((row, "budget"))
+                else:
+                    self._place(row)
+
+    def _place(self, row: Row) -> None:
+        self._queue.add(row.urgency, row)
+        row.place = self._queue, row.urgency
+
+    def _latency_s(self, path: Path, rows: int) -> float:
+        return self._offer.profile.latency_s(Segment(path, embed=True), rows)
+
+
+class Static(WholePaths):
+    """One path for all, in batches as large as the queue."""
+
+    def __init__(self, offer: Offer, path: Path) -> None:
+        super().__init__(offer)
+        self._path = path
+
+    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+        """Always the same."""
+        return self._path, self._offer.profile.max_batch
+
+
+class Aimd(Static):
+    """One path, with Clipper's batching (Crankshaw et al., NSDI 2017): the largest batch grows by one row as long as
+    batches meet their deadlines, and shrinks by a tenth when one does not."""
+
+    def __init__(self, offer: Offer, path: Path) -> None:
+        super().__init__(offer, path)
+        self._most = 1.0
+
+    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+        """The path, and as many rows as have gone well so far."""
+        return self._path, int(self._most)
+
+    def late(self, batch: Batch, now_s: float) -> None:
+        """Learn from a batch."""
+        if any(row.deadline_s < now_s + self._offer.reserve_s for row in batch.rows):
+            self._most = max(1.0, 0.9 * self._most)
+        elif len(batch.rows) >= int(self._most):
+            self._most = min(self._most + 1, float(self._offer.profile.max_batch))
+
+
+class Cheapest(WholePaths):
+    """INFaaS (Romero et al., ATC 2021): the cheapest variant that meets the accuracy asked for. Requests ask for none
+    here, so: the shallowest path within `tolerance` of the best accuracy, in batches that the head has time for."""
+
+    def __init__(self, offer: Offer, tolerance: float = 0.05) -> None:
+        super().__init__(offer)
+        wanted = offer.accuracies[offer.reference] - tolerance
+        self._path = next(path for path in offer.front if offer.accuracies[path] >= wanted)
+
+    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+        """The cheapest, with the largest batch that fits."""
+        return self._path, _largest(self._latency_s, self._path, slack_s, waiting, self._offer)
+
+
+class MaxAccuracy(WholePaths):
+    """The most accurate path that fits the head's slack, then the largest batch of it that does (SuperServe's
+    MaxAcc)."""
+
+    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+        """Accuracy first."""
+        front = self._offer.front
+        path = next((path for path in reversed(front) if self._latency_s(path, 1) <= slack_s), front[0])
+        return path, _largest(self._latency_s, path, slack_s, waiting, self._offer)
+
+
+class MaxBatch(WholePaths):
+    """The largest batch that fits the head's slack on the shallowest path, then the most accurate path for that batch
+    (SuperServe's MaxBatch)."""
+
+    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+        """Throughput first."""
+        front = self._offer.front
+        rows = _largest(self._latency_s, front[0], slack_s, waiting, self._offer)
+        batch = min(rows, waiting)
+        return next((path for path in reversed(front) if self._latency_s(path, batch) <= slack_s), front[0]), rows
+
+
+class SlackFit(WholePaths):
+    """SlackFit (Khare et al., SuperServe, NSDI 2025): the range of latencies is cut into equal buckets; each keeps the
+    (path, batch) with the largest batch and then the best accuracy; the head's slack chooses the bucket."""
+
+    def __init__(self, offer: Offer, buckets: int = 20) -> None:
+        super().__init__(offer)
+        self._buckets = buckets
+
+    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+        """The best of the fullest bucket below the slack. The latencies are those of the live profile."""
+        offer = self._offer
+        batches = offer.profile.parts.batches
+        cells = [
+            (self._latency_s(path, rows), rows, offer.accuracies[path], path) for path in offer.front for rows in batches
+        ]
+        least_s, most_s = min(cells)[0], max(cells)[0]
+        width_s = (most_s - least_s) / self._buckets or 1.0
+        fitting = [cell for cell in cells if cell[0] <= slack_s]
+        if not fitting:
+            return offer.front[0], 1
+        top = max(int((cell[0] - least_s) / width_s) for cell in fitting)
+        _, rows, _, path = max(
+            (cell for cell in fitting if int((cell[0] - least_s) / width_s) == top), key=lambda cell: (cell[1], cell[2])
+        )
+        return path, rows
+
+
+class Clockwork(WholePaths):
+    """Clockwork (Gujarati et al., OSDI 2020): one model, here the reference path; earliest deadline first; the largest
+    batch that the head has time for; a head that cannot be in time is dropped."""
+
+    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+        """The reference path."""
+        path = self._offer.reference
+        return path, _largest(self._latency_s, path, slack_s, waiting, self._offer)
+
+    def drop(self, now_s: float, decision: Decision) -> None:
+        """Every head that is too late."""
+        super().drop(now_s, decision)
+        least_s = now_s + self._offer.reserve_s + self._latency_s(self._offer.reference, 1)
+        while self._queue and _is_free(self._queue[0]) and self._queue[0].deadline_s < least_s:
+            row = self._queue[0]
+            self._leaves(row)
+            decision.refused.append(row)
+
+
+def _is_free(row: Row) -> bool:
+    """Whether the policy chooses its path."""
+    return row.wish.path is None and row.wish.exit_at is None
+
+
+def _largest(latency_s: Callable[[Path, int], float], path: Path, slack_s: float, waiting: int, offer: Offer) -> int:
+    """The largest profiled batch of `path` within the slack, not larger than needed; at least 1."""
+    fitting = [rows for rows in offer.profile.parts.batches if latency_s(path, min(rows, waiting)) <= slack_s]
+    return max(fitting, default=1)

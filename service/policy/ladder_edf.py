@@ -1,0 +1,420 @@
+"""Our policy: rung by rung, earliest deadline first.
+
+A row without any answer wants its first one, the shallowest path; a row with an answer may go deeper, along the
+climb. Both move in runs that can end at any block, so that rows on different paths that go to the same block next
+share a batch, and newcomers join in between. Whenever the device is free:
+
+1.  First answers are safe. Earliest deadline first, they run in the largest batch that lets every row that waits for one
+    have it in time. Where that is not possible, the batch runs that gives most first answers in time per second; rows that
+    are too late for theirs wait behind all others. Deeper work runs only as long as they can wait, and no longer than a
+    share of the tightest budget seen lately, for those who have not arrived yet.
+2.  Within that, the batch with the highest expected gain per second runs: of deeper work what it puts right, given each
+    row's confidence (`Offer.gain`); of first answers what the step after them puts right.
+3.  Rows that are not worth the device's time are answered at once (`service.policy.price`), and so are those that could
+    not go deeper in time after the run that is about to begin.
+4.  If nothing else waits, rows without a wish go to the best path directly.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from service.policy.price import Price
+from service.policy.queues import Key, SortedQueue
+from service.policy.state import Batch, Decision, Offer, Row, Step, segment_between
+from service.policy.wish import StoppedBy, Wish
+from service.profile import Segment
+
+_SHARE_OF_BUDGET = 0.3
+_FORGETTING = 1.02  # the factor by which the tightest budget is relaxed with every arrival
+
+Queues = dict[Segment, SortedQueue[Row]]
+
+
+class _Deeper(NamedTuple):
+    """Rows at these places of a queue could go deeper: their expected gain per second, and how long a run may be."""
+
+    rate: float
+    segment: Segment
+    queue: SortedQueue[Row]
+    places: list[int]
+    limit_s: float
+
+
+class LadderEdf:
+    """See the module; the methods are those of `Policy`."""
+
+    def __init__(self, offer: Offer) -> None:
+        self._offer = offer
+        self._price = Price(offer)
+        self._first: Queues = {}  # rows without an answer, by what they have to run for it; by urgency
+        self._deeper: Queues = {}  # rows with an answer, by what they would run next; highest gain first
+        self._late: SortedQueue[Row] = SortedQueue()  # too late for their first answer; by urgency
+        self._until: list[tuple[float, int, int, Row]] = []  # heap of rows in `_deeper`: when to give up, order, turn
+        self._done: list[tuple[Row, StoppedBy]] = []
+        self._tightest_s = math.inf
+        self._waiting = 0
+        largest = offer.profile.max_batch
+        self._sizes = (largest, *(2**k for k in reversed(range(largest.bit_length())) if 2**k < largest))
+
+    def waiting(self) -> int:
+        """See `Policy`."""
+        return self._waiting
+
+    def rows(self) -> list[Row]:
+        """See `Policy`."""
+        queues = (*self._first.values(), *self._deeper.values(), self._late)
+        return [*(row for queue in queues for row in queue), *(row for row, _ in self._done)]
+
+    def arrive(self, row: Row, now_s: float) -> None:
+        """See `Policy`."""
+        self._price.busy(now_s)
+        row.target = row.wish.path or self._offer.climb[0]
+        budget_s = row.deadline_s - now_s
+        if budget_s > self._offer.profile.latency_s(row.rest, 1):  # others nobody could meet
+            self._tightest_s = min(budget_s, self._tightest_s * _FORGETTING)
+        self._place(row, self._first, row.urgency)
+
+    def leave(self, row: Row) -> None:
+        """See `Policy`."""
+        row.gone = True
+        if row.place is not None:
+            queue, key = row.place
+            queue.remove(key)
+            self._moves(row)
+
+    def finished(self, batch: Batch, confidences: Sequence[float], now_s: float) -> None:
+        """See `Policy`."""
+        segment = batch.segment
+        options = {}
+        for row, confidence in zip(batch.rows, confidences, strict=True):
+            if row.gone:
+                continue
+            row.at = segment.nodes if segment.embed else row.at + segment.nodes
+            if row.at != row.target:
+                self._wait(row, now_s)
+                continue
+            row.answered, row.confidence = row.target, confidence
+            stopped_by = self._stops(row)
+            if stopped_by is None:
+                if row.wish.exit_at is not None:  # it has a wish, whatever that costs
+                    following = self._offer.after(row.answered)
+                else:
+                    if row.answered not in options:
+                        options[row.answered] = self._price.options(row.answered)
+                    _, following = self._price.best(options[row.answered], 1 - confidence)
+                if following is not None:
+                    row.target = following
+                    self._wait(row, now_s)
+                    continue
+                stopped_by = "load"
+            self._done.append((row, stopped_by))
+
+    def wake_s(self) -> float:
+        """See `Policy`."""
+        while self._until and _outdated(self._until[0]):
+            heapq.heappop(self._until)
+        return self._until[0][0] if self._until else math.inf
+
+    def spare_s(self, now_s: float) -> float:
+        """See `Policy`."""
+        return self._spare_s(now_s, None, 0)
+
+    def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
+        """See `Policy`."""
+        decision = self.settle(now_s, now_s)
+        rows, segment = self._choose(now_s, spare_s)
+        if segment is None:
+            self._price.idle(now_s)
+            return decision
+        for row in rows:
+            self._moves(row)
+        decision.batch = Batch.of(rows, segment, self._offer)
+        # Who could not go deeper after this run need not wait for its end.
+        self._give_up(now_s + decision.batch.expected_s, now_s, decision)
+        return decision
+
+    def settle(self, now_s: float, until_s: float) -> Decision:
+        """See `Policy`."""
+        decision = Decision(done=self._done)
+        self._done = []
+        self._give_up(until_s, now_s, decision)
+        self._set_aside(now_s, decision)
+        return decision
+
+    def foresee(self, wish: Wish, rows: int, now_s: float) -> tuple[Step, ...]:
+        """See `Policy`."""
+        offer, profile = self._offer, self._offer.profile
+        start_s = now_s + offer.reserve_s
+        row = Row(wish, now_s, 2**62)
+        path = wish.path or offer.climb[0]
+        segment = Segment(path, embed=True)
+        free = wish.path is None and wish.exit_at is None
+        if free and not self._waiting:
+            took_s = profile.latency_s(Segment(offer.reference, embed=True), rows)
+            if took_s <= min(row.deadline_s - start_s, self._quantum_s()):
+                return (Step(offer.reference, start_s + took_s),)
+        work_s = 0.0
+        for other, queue in self._first.items():
+            shared = rows if other == segment else 0
+            ahead = queue.below(row.urgency)
+            work_s += profile.latency_s(other, ahead + shared) if ahead + shared else 0.0
+        if segment not in self._first:
+            work_s += profile.latency_s(segment, rows)
+        steps = [Step(path, start_s + work_s)]
+        while wish.path is None:
+            at = steps[-1].path
+            wrong = 1 - offer.accuracies[at]
+            target = self._price.best(self._price.options(at), wrong)[1] if free else offer.after(at)
+            if target is None:
+                break
+            by_s = steps[-1].by_s + profile.latency_s(segment_between(at, target), rows)
+            if by_s > row.deadline_s:
+                break
+            steps.append(Step(target, by_s))
+        return tuple(steps)
+
+    def _choose(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment | None]:
+        deeper = self._best_deeper(now_s, min(spare_s, self._spare_s(now_s, None, 0)))
+        if any(self._first.values()) and (deeper is None or deeper.rate <= self._first_rate()):
+            return self._first_answers(now_s, spare_s)
+        if deeper is not None:
+            rows = deeper.queue.take_places(deeper.places)
+            return self._joined(rows, deeper.segment, now_s, deeper.limit_s)
+        return self._late_answers(now_s, spare_s)
+
+    def _first_rate(self) -> float:
+        """What running the next first answers now is worth per second. The answers themselves are safe, so it is what
+        they open the way to: the expected gain of the step after them."""
+        offer = self._offer
+        if len(offer.climb) < 2:
+            return 0.0
+        one, two = offer.climb[:2]
+        rows = min(sum(map(len, self._first.values())), offer.profile.max_batch)
+        step = segment_between(one, two)
+        took_s = offer.profile.latency_s(Segment(one, embed=True), rows) + offer.profile.latency_s(step, rows)
+        return rows * (offer.accuracies[two] - offer.accuracies[one]) / took_s
+
+    def _stops(self, row: Row) -> StoppedBy | None:
+        """Why the answer that a row just got is final, whatever the time and the load; none if it may go deeper."""
+        wish = row.wish
+        if wish.path is not None or (wish.exit_at is not None and row.confidence >= wish.exit_at):
+            return wish.asked_as
+        return "complete" if row.answered == self._offer.reference else None
+
+    def _wait(self, row: Row, now_s: float) -> None:
+        """Let a row wait for what it wants next, or answer it if there is no time for that."""
+        if row.answered is None:
+            self._place(row, self._first, row.urgency)
+            return
+        patient = row.wish.deadline_s is None
+        if patient and row.wish.exit_at is not None and now_s >= row.patient_until_s:
+            self._place(row, self._first, row.urgency)  # it has a wish and waited long enough: as urgent as a first answer
+            return
+        segment = row.rest
+        gain = self._offer.gain(row.answered, row.target, row.confidence)
+        until_s = row.patient_until_s
+        if not patient:
+            until_s = row.deadline_s - self._offer.reserve_s - self._offer.profile.latency_s(segment, 1)
+            if until_s < now_s:
+                self._done.append((row, "budget"))
+                return
+        self._place(row, self._deeper, (-gain, row.order))
+        heapq.heappush(self._until, (until_s, row.order, row.turn, row))
+
+    def _place(self, row: Row, queues: Queues, key: Key) -> None:
+        queue = queues.setdefault(row.rest, SortedQueue())
+        queue.add(key, row)
+        row.place = queue, key
+        self._waiting += 1
+
+    def _moves(self, row: Row) -> None:
+        """It is no more where it waited."""
+        row.place = None
+        row.turn += 1
+        self._waiting -= 1
+
+    def _give_up(self, until_s: float, now_s: float, decision: Decision) -> None:
+        """Answer rows whose next step would be too late at `until_s`; a patient row with a wish gets urgent instead."""
+        while self.wake_s() < until_s:
+            row = heapq.heappop(self._until)[-1]
+            assert row.place is not None
+            assert row.answered is not None
+            queue, key = row.place
+            queue.remove(key)
+            self._moves(row)
+            if row.wish.exit_at is None:
+                self._price.given_up(row.answered, row.target, row.confidence)
+            elif row.wish.deadline_s is None:
+                self._wait(row, max(now_s, row.patient_until_s))
+                continue
+            decision.done.append((row, "load"))
+
+    def _set_aside(self, now_s: float, decision: Decision) -> None:
+        """Rows that are too late for a first answer make room for those that are not."""
+        while self._late and self._late[0].deadline_s <= now_s:
+            row = self._late.take(0, 1)[0]
+            self._moves(row)
+            decision.expired.append(row)
+        for segment, queue in self._first.items():
+            if not queue:
+                continue
+            latest_s = now_s + self._offer.profile.latency_s(segment, 1) + self._offer.reserve_s
+            while queue and queue.key(0)[0] < latest_s and queue[0].deadline_s < latest_s:
+                row = queue.take(0, 1)[0]
+                self._moves(row)
+                if row.at:  # it has begun, so it is not given up; as urgent as one without a budget
+                    self._place(row, self._first, (max(latest_s, row.patient_until_s), 0, row.order))
+                elif row.deadline_s <= now_s:
+                    decision.expired.append(row)
+                elif row.wish.strict:
+                    decision.refused.append(row)
+                else:
+                    self._late.add(row.urgency, row)
+                    row.place = self._late, row.urgency
+                    self._waiting += 1
+
+    def _spare_s(self, now_s: float, without: SortedQueue[Row] | None, taken: int) -> float:
+        """How long a run may take that leaves all first answers in time, but those of the first `taken` rows of the
+        queue `without`: earliest deadline first, in full batches, checked at the first row of each."""
+        profile, spare_s = self._offer.profile, math.inf
+        queues = [(segment, queue) for segment, queue in self._first.items() if queue]
+        for segment, queue in queues:
+            work_s = 0.0
+            for start in range(taken if queue is without else 0, len(queue), profile.max_batch):
+                key = queue.key(start)
+                work_s += profile.latency_s(segment, min(profile.max_batch, len(queue) - start))
+                before_s = 0.0
+                for each, other in queues:
+                    if other is not queue:
+                        rows = other.below(key) - (taken if other is without else 0)
+                        before_s += profile.latency_s(each, rows) if rows > 0 else 0.0
+                spare_s = min(spare_s, key[0] - self._offer.reserve_s - work_s - before_s - now_s)
+        return spare_s
+
+    def _quantum_s(self) -> float:
+        """The longest that a run may take because of rows that have not arrived yet."""
+        return _SHARE_OF_BUDGET * self._tightest_s
+
+    def _first_answers(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment]:
+        """The most urgent queue's next batch."""
+        segment, queue = min(((s, q) for s, q in self._first.items() if q), key=lambda each: each[1].key(0))
+        start, count = self._first_places(segment, queue, now_s)
+        alone = self._waiting == count
+        rows = queue.take(start, start + count)
+        if alone and (direct := self._direct(rows, now_s, spare_s)) is not None:
+            return rows, direct
+        return self._joined(rows, segment, now_s, min(spare_s, self._quantum_s()))
+
+    def _first_places(self, segment: Segment, queue: SortedQueue[Row], now_s: float) -> tuple[int, int]:
+        """Where the batch starts in the queue and how many rows it has."""
+        latency_s, reserve_s = self._offer.profile.latency_s, self._offer.reserve_s
+        best, start, count = 0.0, 0, 1
+        for size in self._sizes:
+            rows = min(size, len(queue))
+            took_s = latency_s(segment, rows)
+            if queue.key(0)[0] >= now_s + took_s + reserve_s and self._spare_s(now_s, queue, rows) >= took_s:
+                return 0, rows
+            first = queue.below((now_s + took_s + reserve_s,))
+            in_time = min(size, len(queue) - first)
+            if in_time > 0 and in_time / (took := latency_s(segment, in_time)) > best:
+                best, start, count = in_time / took, first, in_time
+        return start, count
+
+    def _direct(self, rows: Sequence[Row], now_s: float, spare_s: float) -> Segment | None:
+        """The whole reference path, if rows that would climb have the time for it and nobody needs the device."""
+        offer = self._offer
+        if any(row.wish.path is not None or row.wish.exit_at is not None or row.at for row in rows):
+            return None
+        segment = Segment(offer.reference, embed=True)
+        took_s = offer.profile.latency_s(segment, len(rows))
+        slack_s = min(row.deadline_s for row in rows) - offer.reserve_s - now_s
+        if took_s > min(slack_s, spare_s, self._quantum_s()):
+            return None
+        for row in rows:
+            row.target = offer.reference
+        return segment
+
+    def _best_deeper(self, now_s: float, spare_s: float) -> _Deeper | None:
+        """The batch that gains most per second among rows that have an answer and the time for a better one."""
+        profile = self._offer.profile
+        limit_s = min(spare_s, self._quantum_s())
+        best: _Deeper | None = None
+        for segment, queue in self._deeper.items():
+            if not queue:
+                continue
+            block = Segment(segment.nodes[:1], segment.embed)
+            most = next((size for size in self._sizes if profile.latency_s(block, size) <= limit_s), 0)
+            places: list[int] = []
+            gain, earliest_s, in_time_s = 0.0, math.inf, now_s + self._offer.reserve_s
+            for place, row in enumerate(queue):
+                if len(places) >= most:
+                    break
+                took_s = profile.latency_s(segment, len(places) + 1)
+                if row.deadline_s < in_time_s + took_s:
+                    continue
+                earliest_s = min(earliest_s, row.deadline_s)
+                if earliest_s < in_time_s + took_s:  # one more would make another late
+                    break
+                places.append(place)
+                gain -= queue.key(place)[0]
+                if best is None or gain / took_s > best.rate:
+                    best = _Deeper(gain / took_s, segment, queue, places.copy(), limit_s)
+        return best
+
+    def _late_answers(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment | None]:
+        """Rows that nobody else keeps from their late answer."""
+        if not self._late:
+            return [], None
+        segment = self._late[0].rest
+        limit_s = min(spare_s, self._quantum_s())
+        most = next((size for size in self._sizes if self._offer.profile.latency_s(segment, size) <= limit_s), 1)
+        places = [place for place, row in enumerate(self._late) if row.rest == segment][:most]
+        return self._joined(self._late.take_places(places), segment, now_s, limit_s)
+
+    def _joined(self, rows: list[Row], segment: Segment, now_s: float, limit_s: float) -> tuple[list[Row], Segment]:
+        """The batch with those that go to the same block next, as far as that makes nobody late, and as many of the
+        blocks that all go to as fit into `limit_s`."""
+        profile, start_s = self._offer.profile, now_s + self._offer.reserve_s
+        for other_segment, queue in self._alike(segment):
+            room = profile.max_batch - len(rows)
+            if room <= 0:
+                break
+            common = _common(segment, other_segment)
+            earliest_s = min(row.deadline_s for row in rows)
+            took_s = profile.latency_s(common, len(rows) + min(room, len(queue)))
+            was_in_time = earliest_s >= start_s + profile.latency_s(segment, len(rows))
+            if took_s > limit_s or (was_in_time and earliest_s < start_s + took_s):
+                continue
+            places = [place for place, row in enumerate(queue) if row.deadline_s >= start_s + took_s][:room]
+            if places:
+                segment = common
+                rows = rows + queue.take_places(places)
+        while len(segment.nodes) > 1 and profile.latency_s(segment, len(rows)) > limit_s:
+            segment = Segment(segment.nodes[:-1], segment.embed)
+        return rows, segment
+
+    def _alike(self, segment: Segment) -> Iterator[tuple[Segment, SortedQueue[Row]]]:
+        """The queues of rows that go to the first block of `segment` next, from the same kind of source."""
+        for queues in (self._first, self._deeper):
+            for other, queue in queues.items():
+                if queue and other.embed == segment.embed and other.nodes[0] == segment.nodes[0]:
+                    yield other, queue
+
+
+def _outdated(entry: tuple[float, int, int, Row]) -> bool:
+    _, _, turn, row = entry
+    return row.place is None or row.turn != turn
+
+
+def _common(one: Segment, other: Segment) -> Segment:
+    """The blocks that both begin with."""
+    count = 0
+    for node, also in zip(one.nodes, other.nodes, strict=False):
+        if node != also:
+            break
+        count += 1
+    return Segment(one.nodes[:count], one.embed)

@@ -1,0 +1,86 @@
+"""Which rows are worth going deeper for: a shadow price of the device's time.
+
+Where there is more to gain than time for it, time has a price: the gain per second that is given up elsewhere. It
+rises when rows have to be answered that could have gained more per second, and falls while the device is idle. A row
+goes deeper only if what it is expected to gain exceeds what its share of the device's time is worth.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from family.tree import Path
+from service.policy.state import Offer, segment_between
+
+_RISE = 0.005
+"""How far the price goes towards the gain per second of one row that was given up."""
+
+_FALL_S = 0.02
+"""Idle time in which it falls to 1/e."""
+
+_COIN = 0.5
+"""Of rows that go deeper and are still wrong now and then, confidence is taken to tell those apart that are wrong so
+often; the others are then right."""
+
+
+class Option(NamedTuple):
+    """A step to the answer of `target`: it puts right `share` of the wrong answers, takes `cost_s` of the device per
+    row, and what follows is worth `then` to a row that is unsure there."""
+
+    target: Path
+    share: float
+    cost_s: float
+    then: float
+
+
+class Price:
+    """The price of a second of the device, in expected right answers, and what it makes worthwhile."""
+
+    def __init__(self, offer: Offer) -> None:
+        self._offer = offer
+        self._rows = max(1, offer.profile.max_batch // 4)  # of the batches in which deeper work is imagined
+        self._idle_since_s: float | None = None
+        self.per_second = 0.0
+
+    def idle(self, now_s: float) -> None:
+        """The device has nothing to do, from now on."""
+        if self._idle_since_s is None:
+            self._idle_since_s = now_s
+
+    def busy(self, now_s: float) -> None:
+        """It has, again."""
+        if self._idle_since_s is not None:
+            self.per_second *= math.exp(-(now_s - self._idle_since_s) / _FALL_S)
+            self._idle_since_s = None
+
+    def given_up(self, answered: Path, target: Path, confidence: float) -> None:
+        """A row was answered that could have gone on to `target`, had there been time."""
+        rate = self._offer.gain(answered, target, confidence) / self._cost_s(answered, target)
+        if rate > self.per_second:
+            self.per_second += _RISE * (rate - self.per_second)
+
+    def options(self, answered: Path) -> list[Option]:
+        """The ways on from the answer of a path, at the present price."""
+        offer = self._offer
+        options: list[Option] = []
+        for target in offer.climb[offer.climb.index(answered) + 1 :]:
+            then = self.best(self.options(target), _COIN)[0] if target != offer.reference else 0.0
+            share = offer.gain(answered, target, 0.0)
+            options.append(Option(target, share, self._cost_s(answered, target), then))
+        return options
+
+    def best(self, options: list[Option], wrong: float) -> tuple[float, Path | None]:
+        """The value of the best way on, net of the price, for a row whose answer is wrong with this probability, and
+        where it leads; none if no way is worth it."""
+        value, best = 0.0, None
+        for option in options:
+            gain = option.share * wrong
+            unsure = min(1.0, (wrong - gain) / _COIN)
+            net = gain - self.per_second * option.cost_s + unsure * option.then
+            if net > value or (best is None and self.per_second == 0):  # free: no gain is too small
+                value, best = net, option.target
+        return value, best
+
+    def _cost_s(self, answered: Path, target: Path) -> float:
+        return self._offer.profile.latency_s(segment_between(answered, target), self._rows) / self._rows

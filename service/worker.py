@@ -1,0 +1,84 @@
+"""The inference thread: runs jobs one after another, off the event loop, and is missed when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerDied(Exception):
+    """The thread ended before the job did."""
+
+
+class Worker:
+    """One thread and its jobs. Everything but the jobs happens on the event loop that made it.
+
+    The thread that is left after a death is a new one: `WorkerDied` tells only whose job went with the old.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._loop = asyncio.get_running_loop()
+        self._futures: set[asyncio.Future[object]] = set()
+        self.deaths = 0
+        self._start()
+
+    def run(self, job: Callable[[], T]) -> asyncio.Future[T]:
+        """The result of `job` or its exception, later; `WorkerDied` if the thread ended before."""
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._futures.add(future)  # type: ignore[arg-type]  # its result is not looked at
+        future.add_done_callback(self._futures.discard)
+        self._jobs.put((job, future))
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the jobs that it has. Waits for it."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _start(self) -> None:
+        self._jobs: SimpleQueue[tuple[Callable[[], object], asyncio.Future[object]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, args=(self._jobs,), name=self._name, daemon=True)
+        self._thread.start()
+
+    def _work(self, jobs: SimpleQueue[tuple[Callable[[], object], asyncio.Future[object]] | None]) -> None:
+        asked_to = False
+        try:
+            while (item := jobs.get()) is not None:
+                job, future = item
+                try:
+                    result = job()
+                except Exception as exc:  # noqa: BLE001 (whoever awaits the future handles it)
+                    self._loop.call_soon_threadsafe(_settle, future, None, exc)
+                else:
+                    self._loop.call_soon_threadsafe(_settle, future, result, None)
+            asked_to = True
+        finally:
+            if not asked_to:
+                with suppress(RuntimeError):  # the loop is closed: nobody waits
+                    self._loop.call_soon_threadsafe(self._died)
+
+    def _died(self) -> None:
+        self.deaths += 1
+        logger.error("the thread %s died; a new one takes its place", self._name)
+        self._start()
+        for future in list(self._futures):
+            _settle(future, None, WorkerDied(f"the thread {self._name} died"))
+
+
+def _settle(future: asyncio.Future[object], result: object, error: Exception | None) -> None:
+    if future.done():  # cancelled meanwhile
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
