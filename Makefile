@@ -53,6 +53,7 @@ lint: $(READY) ## ruff
 
 type: $(READY) ## mypy, strict
 	$(BIN)/mypy
+	$(BIN)/mypy docker/rehearse.py
 
 format: $(READY) ## let ruff format and fix
 	$(BIN)/ruff check --fix .
