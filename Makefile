@@ -14,7 +14,7 @@ ARGS   ?=
 # onnxruntime-gpu where an NVIDIA driver is present, else its CPU twin.
 RUNTIME := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
 
-.PHONY: help install demo train evaluate export verify serve test lint type format openapi figures clean
+.PHONY: help install demo train evaluate export verify serve test lint type format openapi figures rehearse clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,7 @@ lint: $(READY) ## ruff
 
 type: $(READY) ## mypy, strict
 	$(BIN)/mypy
+	$(BIN)/mypy docker/rehearse.py
 
 format: $(READY) ## let ruff format and fix
 	$(BIN)/ruff check --fix .
@@ -63,6 +64,9 @@ openapi: $(READY) ## write openapi.yaml from the app
 
 figures: $(READY) ## draw the pictures of the README from RUN and BUNDLE
 	$(BIN)/python -m benchmarks.figures $(RUN) $(BUNDLE)
+
+rehearse: $(READY) ## build and run what docker/Dockerfile says, serving MODELS, without a container engine
+	$(BIN)/python docker/rehearse.py $(MODELS)
 
 clean: ## remove the environment and caches, keep runs and models
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
