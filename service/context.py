@@ -29,7 +29,7 @@ class Context:
         return self.warm and self.engine.ready
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:  # FastAPI would run a plain function in a thread, for every request
     context: Context = request.app.state.context
     return context
 

@@ -31,7 +31,7 @@ class Wish:
 
     At most one of `path` (run exactly this) and `exit_at` (climb until the calibrated confidence is at least this) is
     given; `asked_as` is what an answer that fulfils it is `stopped_by`. `deadline_s` is on the monotonic clock; a
-    `strict` request would rather be refused than late.
+    `strict` request would rather be refused than late. `priority`: 1 is the highest, 0 none given.
     """
 
     path: Path | None = None
@@ -39,6 +39,7 @@ class Wish:
     asked_as: Literal["depth", "path", "confidence", "risk"] = "path"
     deadline_s: float | None = None
     strict: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ def resolve_wish(
     max_risk: float | None = None,
     deadline_s: float | None = None,
     strict: bool = False,
+    priority: int = 0,
 ) -> Wish:
     """What a request's words mean for this model. At most one of the first four is given.
 
@@ -70,14 +72,14 @@ def resolve_wish(
             nodes = manifest.tree.parse(path)
         except InvalidPath as exc:
             raise InvalidInput(str(exc)) from exc
-        return Wish(_offered(manifest, nodes, f"path {path}"), None, "path", deadline_s, strict)
+        return Wish(_offered(manifest, nodes, f"path {path}"), None, "path", deadline_s, strict, priority)
     if depth is not None:
-        return Wish(_path_of_depth(manifest, depth), None, "depth", deadline_s, strict)
+        return Wish(_path_of_depth(manifest, depth), None, "depth", deadline_s, strict, priority)
     if max_risk is not None:
-        return Wish(None, _certified_threshold(manifest, max_risk), "risk", deadline_s, strict)
+        return Wish(None, _certified_threshold(manifest, max_risk), "risk", deadline_s, strict, priority)
     if min_confidence is not None:
-        return Wish(None, min_confidence, "confidence", deadline_s, strict)
-    return Wish(deadline_s=deadline_s, strict=strict)
+        return Wish(None, min_confidence, "confidence", deadline_s, strict, priority)
+    return Wish(deadline_s=deadline_s, strict=strict, priority=priority)
 
 
 def _path_of_depth(manifest: Manifest, depth: Depth) -> Path:

@@ -30,6 +30,9 @@ _INPUT_SCHEMA = {
     ]
 }
 
+ABOUT_DEPTH = ("depth", "path", "min_confidence", "max_risk")
+"""The wishes of which a request has at most one."""
+
 Row = Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
 """One input; numbers are checked as an array, not one by one."""
 
@@ -38,10 +41,13 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class PredictRequest(_Schema):
-    """Inputs and, at most, one kind of wish about depth."""
-
+class _Inputs(_Schema):
     inputs: list[Row] = Field(min_length=1, description="one entry per row")
+
+
+class Wishes(_Schema):
+    """What a request wishes for: at most one kind of wish about depth, and a budget."""
+
     depth: Annotated[int, Field(ge=1, strict=True)] | Literal["best", "full"] | None = Field(
         None,
         description="blocks to run: the offered path of that depth that is best on validation; best: the reference path",
@@ -68,15 +74,9 @@ class PredictRequest(_Schema):
         "with at most this probability",
     )
     strict: bool = Field(False, strict=True, description="refuse with 504 at once rather than answer late")
-    probabilities: bool = Field(False, strict=True, description="return the probability of every label")
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"inputs": [{"image": "iVBORw0KGgo..."}], "latency_budget_ms": 5}]},
-    )
 
     @model_validator(mode="after")
-    def _one_wish(self) -> PredictRequest:
+    def _one_wish(self) -> Wishes:
         if len(self.wishes) > 1:
             raise ValueError(f"give only one of depth, path, min_confidence and max_risk, got {' and '.join(self.wishes)}")
         return self
@@ -84,7 +84,18 @@ class PredictRequest(_Schema):
     @property
     def wishes(self) -> list[str]:
         """The names of the wishes about depth that are given; at most one, once validated."""
-        return [name for name in ("depth", "path", "min_confidence", "max_risk") if getattr(self, name) is not None]
+        return [name for name in ABOUT_DEPTH if getattr(self, name) is not None]
+
+
+class PredictRequest(Wishes, _Inputs):  # in this order the fields of `_Inputs` come first
+    """Inputs and, at most, one kind of wish about depth."""
+
+    probabilities: bool = Field(False, strict=True, description="return the probability of every label")
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"inputs": [{"image": "iVBORw0KGgo..."}], "latency_budget_ms": 5}]},
+    )
 
 
 class StreamRequest(PredictRequest):
