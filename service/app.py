@@ -24,6 +24,8 @@ from service.engine import Engine
 from service.errors import ServiceError
 from service.limits import LimitBody
 from service.metrics import Metrics
+from service.oip import infer as oip_infer
+from service.oip import routes as oip_routes
 from service.repository import Repository, ServedModel, open_repository
 from service.responses import on_http_exception, on_service_error, on_unknown_error, on_validation_error
 from service.settings import Settings
@@ -78,6 +80,8 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     app.state.metrics = metrics
     app.include_router(predict.router)
     app.include_router(routes.router)
+    app.include_router(oip_routes.router)
+    app.include_router(oip_infer.router)
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
     return app
 

@@ -40,13 +40,14 @@ Ctx = Annotated[Context, Depends(_context)]
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that can answer with these errors."""
     meanings = {
-        400: "The body, a base64 string or an image cannot be parsed",
-        404: "No such model",
+        400: "The body, a base64 string or an image cannot be parsed; in /v2 also tensors or outputs that the model lacks",
+        404: "No such model, or not in this version",
         413: "The body is too long",
         415: "A content type or encoding that is not read",
         422: "Well-formed and not valid: a shape, a range, a depth or path that is not offered",
         429: "Too many rows wait already; Retry-After says when to ask again",
         500: "The server met an error of its own",
+        501: "Not served here",
         503: "Warming up or shutting down; Retry-After says when to ask again",
         504: "The budget ran out before any block had run, or a strict request's cannot be met",
     }

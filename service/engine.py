@@ -301,7 +301,7 @@ class Engine:
             stopped_by = step.stopped_by or stops_climbing(
                 item.ticket.wish, confidence, step.upcoming, now, self.reserve_s, len(batch.items), model.latency_s
             )
-            answer = RowAnswer(label, confidence, probabilities[row], path, stopped_by)
+            answer = RowAnswer(label, confidence, probabilities[row], path, stopped_by, output.logits[row])
             if item.ticket.on_answer is not None:
                 item.ticket.on_answer(item.index, answer)
             if stopped_by is None:
