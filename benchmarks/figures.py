@@ -20,7 +20,7 @@ from rich.table import Table
 
 from family.manifest import Manifest, load_manifest
 from family.tree import Path, format_path
-from service.policy import segment_between
+from service.policy.state import segment_between
 from service.profile import Segment
 from service.runtime import Runtime
 from training.checkpoint import load_run_config
@@ -66,7 +66,7 @@ def main(run: FilePath, bundle: FilePath, out: FilePath) -> None:
 
 def climb_segments(manifest: Manifest) -> dict[Path, Segment]:
     """What has to run to reach each target of the climb from the one before."""
-    before: Path | None = None
+    before: Path = ()
     segments = {}
     for target in manifest.climb:
         segments[target] = segment_between(before, target)

@@ -22,7 +22,7 @@ from service.tracing import Timed
 class RowAnswer:
     """One row's answer: `probabilities (classes,) float32`, temperature-scaled, their `argmax` and its probability.
 
-    `stopped_by` is none for an answer on the way to a deeper one.
+    `stopped_by` is none for an answer on the way to a deeper one. `logits (classes,) float32` are the network's own.
     """
 
     label: int
@@ -30,6 +30,7 @@ class RowAnswer:
     probabilities: NDArray[np.float32]
     path: Path
     stopped_by: StoppedBy | None
+    logits: NDArray[np.float32]
 
 
 OnAnswer = Callable[[int, RowAnswer], None]

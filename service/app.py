@@ -18,15 +18,20 @@ from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from service import predict, routes
+from service import plan, predict, raw, routes
 from service.context import Context
 from service.engine import Engine
 from service.errors import ServiceError
 from service.limits import LimitBody
 from service.metrics import Metrics
+from service.oip import infer as oip_infer
+from service.oip import routes as oip_routes
+from service.pauses import watch_pauses
+from service.reload import watch_repository
 from service.repository import Repository, ServedModel, open_repository
 from service.responses import on_http_exception, on_service_error, on_unknown_error, on_validation_error
 from service.settings import Settings
+from service.tracing import open_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +54,25 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     settings = settings or Settings()
     repository = repository or open_repository(settings)
     metrics = Metrics()
+    tracer = open_tracer()
     engine = Engine(
-        metrics, max_batch=settings.max_batch, max_queue_rows=settings.max_queue_rows, reserve_s=settings.reserve_ms / 1000
+        metrics,
+        max_batch=settings.max_batch,
+        max_queue_rows=settings.max_queue_rows,
+        reserve_s=settings.reserve_ms / 1000,
+        trace=tracer is not None,
     )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        warming = asyncio.create_task(_warm_up(app), name="warm-up")
-        yield
+        background = asyncio.create_task(_warm_up_and_watch(app), name="warm-up")
+        with watch_pauses(metrics.gc_seconds.observe):
+            yield
         await engine.stop()
-        warming.cancel()
-        await asyncio.gather(warming, return_exceptions=True)
+        background.cancel()
+        await asyncio.gather(background, return_exceptions=True)
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="HBLL anytime inference",
@@ -74,12 +87,17 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
             Exception: on_unknown_error,
         },
     )
-    app.state.context = Context(settings, repository, engine, metrics)
+    app.state.context = Context(settings, repository, engine, metrics, tracer)
     app.state.metrics = metrics
-    app.include_router(predict.router)
-    app.include_router(routes.router)
+    for each in (raw, predict, oip_infer, routes, plan, oip_routes):  # tried in order: first those that answer
+        app.include_router(each.router)
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
     return app
+
+
+async def _warm_up_and_watch(app: FastAPI) -> None:
+    await _warm_up(app)
+    await watch_repository(app.state.context)
 
 
 async def _warm_up(app: FastAPI) -> None:

@@ -11,16 +11,20 @@ from service.metrics import Metrics
 from service.repository import Repository
 from service.schemas import Error
 from service.settings import Settings
+from service.tracing import Tracer
 
 
 class Context:
     """What the app hands to its routes."""
 
-    def __init__(self, settings: Settings, repository: Repository, engine: Engine, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, repository: Repository, engine: Engine, metrics: Metrics, tracer: Tracer | None = None
+    ) -> None:
         self.settings = settings
         self.repository = repository
         self.engine = engine
         self.metrics = metrics
+        self.tracer = tracer
         self.warm = False
 
     @property
@@ -29,7 +33,7 @@ class Context:
         return self.warm and self.engine.ready
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:  # FastAPI would run a plain function in a thread, for every request
     context: Context = request.app.state.context
     return context
 
@@ -40,13 +44,14 @@ Ctx = Annotated[Context, Depends(_context)]
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that can answer with these errors."""
     meanings = {
-        400: "The body, a base64 string or an image cannot be parsed",
-        404: "No such model",
+        400: "The body, a base64 string or an image cannot be parsed; in /v2 also tensors or outputs that the model lacks",
+        404: "No such model, or not in this version",
         413: "The body is too long",
         415: "A content type or encoding that is not read",
         422: "Well-formed and not valid: a shape, a range, a depth or path that is not offered",
         429: "Too many rows wait already; Retry-After says when to ask again",
         500: "The server met an error of its own",
+        501: "Not served here",
         503: "Warming up or shutting down; Retry-After says when to ask again",
         504: "The budget ran out before any block had run, or a strict request's cannot be met",
     }

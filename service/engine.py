@@ -142,7 +142,9 @@ class Engine:
         assert model.profile is not None
         offer = Offer.of(model.manifest, model.profile, self.reserve_s, model.settings.min_depth)
         self._scheduler.policies[model] = make_policy(model.settings.policy, offer)
-        self._drift[model] = DriftWatch(model.name, model.manifest, model.settings.audit_rate, self.metrics)
+        if model not in self._drift:
+            rate = model.settings.audit_rate
+            self._drift[model] = DriftWatch(model.name, model.manifest, rate, self.metrics)
 
     def retire(self, model: ServedModel) -> None:
         """Forget a model, once the last of its rows has been answered."""
@@ -154,11 +156,13 @@ class Engine:
         return self._drift.get(model)
 
     async def stop(self) -> None:
-        """Take no more requests, deliver the batch that runs, refuse what waits."""
+        """Take no more requests, deliver the batch that runs and whatever has an answer, refuse the rest."""
         self._stopping.set()
         self._happened.set()
         if self._loop_task is not None:
             await self._loop_task
+        now = self.clock()
+        self._settle([policy.settle(now, math.inf) for policy in self._scheduler.policies.values()])
         self._fail_all(NotReady("the server is shutting down"))
         if self._worker is not None:
             await asyncio.to_thread(self._worker.stop)
@@ -234,6 +238,7 @@ class Engine:
             except Exception:
                 logger.exception("the engine met an error of its own; %d rows are refused", self._scheduler.waiting())
                 self._fail_all(InferenceFailed("the server met an error of its own; its log has the cause"))
+                await self._happened.wait()
 
     async def _run_once(self) -> None:
         self._happened.clear()
@@ -273,7 +278,7 @@ class Engine:
         self.metrics.block_rows.labels(model.name).inc(len(rows) * len(segment.nodes))
 
         def job() -> Output:
-            source = np.stack([row.x if segment.embed else row.state for row in rows])
+            source = np.stack([row.x if segment.embed else cast(Rows, row.state) for row in rows])
             return model.runner.run(
                 segment.nodes, source, embed=segment.embed, predict=batch.predict, keep_state=batch.keep_state
             )
@@ -309,12 +314,15 @@ class Engine:
                 ticket.queue_s = start - ticket.arrived_s
             ticket.compute_s += now - start
             if ticket.spans is not None:
-                attributes = {"hbll.nodes": format_path(batch.segment.nodes), "hbll.rows": len(rows)}
+                attributes: dict[str, str | int] = {"hbll.nodes": format_path(batch.segment.nodes), "hbll.rows": len(rows)}
                 ticket.spans.append(Timed("segment", start, now, attributes))
         for place, row in enumerate(rows):
             row.state = None if output.state is None else output.state[place]
             if ends[place]:
-                row.latest = RowAnswer(labels[place], confidences[place], probabilities[place], row.target, None)
+                assert output.logits is not None
+                row.latest = RowAnswer(
+                    labels[place], confidences[place], probabilities[place], row.target, None, output.logits[place]
+                )
                 if row.ticket is not None and row.ticket.on_answer is not None:
                     self._untold.append(row)
         self._scheduler.policies[model].finished(batch, confidences, now)
@@ -403,9 +411,11 @@ class Engine:
 
     def _fail_all(self, error: ServiceError) -> None:
         """Refuse whatever is in flight, and start from nothing: a policy that failed is not trusted with its state."""
-        for policy in self._scheduler.policies.values():
+        for model, policy in list(self._scheduler.policies.items()):
             self._fail(cast(list[_Row], policy.rows()), error)
+            self.add(model)
         self._untold.clear()
+        self._happened.clear()
 
     def _forget_retired(self) -> None:
         for model in [model for model in self._retiring if not self._scheduler.policies[model].waiting()]:
@@ -416,7 +426,8 @@ class Engine:
 def _probabilities(model: ServedModel, paths: Sequence[Path], logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """`softmax(logits / temperature of each row's path)`, `(rows, classes) float32`."""
     offered = model.manifest.offered
-    scaled = logits / np.array([[offered[path].temperature] for path in paths], np.float32)
+    temperatures = np.array([[offered[path].temperature] for path in paths], np.float32)
+    scaled: NDArray[np.float32] = (logits / temperatures).astype(np.float32, copy=False)
     scaled -= scaled.max(axis=1, keepdims=True)
     np.exp(scaled, out=scaled)
     scaled /= scaled.sum(axis=1, keepdims=True)

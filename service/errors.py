@@ -2,14 +2,17 @@
 
     ServiceError
     +-- MalformedInput      400  what cannot be parsed
+    +-- BadRequest          400  what the Open Inference Protocol does not allow; its 400 is often /v1's 422
     +-- InvalidInput        422  what is well-formed and not valid
     |   +-- NotOffered      422  a depth or path that the model does not offer
     +-- UnknownModel        404
+    +-- UnknownVersion      404
     +-- BodyTooLarge        413
     +-- UnsupportedMedia    415
     +-- QueueFull           429
     +-- ClientGone          499  nobody reads it; it is for metrics and logs
     +-- InferenceFailed     500
+    +-- NotSupported        501  a part of a protocol that is not served
     +-- NotReady            503
     +-- DeadlineExpired     504
     +-- DeadlineInfeasible  504
@@ -41,6 +44,13 @@ class MalformedInput(ServiceError):
     code = "malformed_input"
 
 
+class BadRequest(ServiceError):
+    """A /v2 request with other tensors, outputs or parameters than the model and the protocol have."""
+
+    status = 400
+    code = "bad_request"
+
+
 class InvalidInput(ServiceError):
     """A wrong shape, a value out of range, wishes that exclude each other."""
 
@@ -59,6 +69,13 @@ class UnknownModel(ServiceError):
 
     status = 404
     code = "unknown_model"
+
+
+class UnknownVersion(ServiceError):
+    """The model is served, and not in this version."""
+
+    status = 404
+    code = "unknown_version"
 
 
 class BodyTooLarge(ServiceError):
@@ -95,6 +112,13 @@ class InferenceFailed(ServiceError):
 
     status = 500
     code = "inference_failed"
+
+
+class NotSupported(ServiceError):
+    """A part of a protocol that is not served here."""
+
+    status = 501
+    code = "not_supported"
 
 
 class NotReady(ServiceError):

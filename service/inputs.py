@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,12 +36,7 @@ class Decoder:
     def decode(self, inputs: Sequence[Any]) -> Rows:
         """All `inputs` as `(rows, *input_shape) float32`."""
         rows = np.stack([self._row(row, f"inputs[{index}]") for index, row in enumerate(inputs)])
-        if not np.isfinite(rows).all():
-            index = int(np.argwhere(~np.isfinite(rows))[0][0])
-            raise InvalidInput(f"inputs[{index}]: expected finite numbers, got NaN or infinity")
-        if self._image is not None and (rows.min() < 0 or rows.max() > 1):
-            got = f"values from {rows.min():g} to {rows.max():g}"
-            raise InvalidInput(f"inputs: expected pixels between 0 (black) and 1 (white), got {got}")
+        check_rows(rows, "inputs", pixels=self._image is not None)
         return rows
 
     def _row(self, row: Any, where: str) -> Rows:
@@ -106,6 +102,20 @@ class Decoder:
         except (OSError, SyntaxError, ValueError, EOFError) as exc:  # Pillow's words for a damaged file
             raise MalformedInput(f"{where}: the image is damaged: {exc}") from exc
         return np.asarray(resized, np.float32) / np.float32(255)
+
+
+def check_rows(rows: Rows, name: str, *, pixels: bool) -> None:
+    """Check the values of `rows (rows, *input_shape) float32`, at least one; messages call them `name`.
+
+    Raises:
+        InvalidInput: NaN or infinity among them, or pixels out of range.
+    """
+    low, high = float(rows.min()), float(rows.max())  # NaN and infinity come through
+    if not (math.isfinite(low) and math.isfinite(high)):
+        index = int(np.argwhere(~np.isfinite(rows))[0][0])
+        raise InvalidInput(f"{name}[{index}]: expected finite numbers, got NaN or infinity")
+    if pixels and (low < 0 or high > 1):
+        raise InvalidInput(f"{name}: expected pixels between 0 (black) and 1 (white), got values from {low:g} to {high:g}")
 
 
 def takes_long(inputs: Sequence[Any]) -> bool:

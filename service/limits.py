@@ -1,4 +1,5 @@
-"""ASGI middleware: stamps a request's arrival and stops bodies that are too long, before anything is parsed."""
+"""ASGI middleware: stamps a request's arrival, decompresses its body, and stops bodies that are or become too long,
+before anything is parsed. What content types are read is each router's matter: `service.media`."""
 
 from __future__ import annotations
 
@@ -8,12 +9,13 @@ from collections.abc import Iterable
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, MalformedInput, UnsupportedMedia
+from service.encodings import Inflater
+from service.errors import BodyTooLarge, MalformedInput, ServiceError
 from service.responses import error_response
 
 
 class LimitBody:
-    """Refuses bodies longer than `max_bytes`, and content types and encodings that are not read.
+    """Refuses bodies longer than `max_bytes`, as they come or decompressed, and encodings that are not read.
 
     A request's `state` gets `arrived_s`, on the monotonic clock: budgets run from here.
     """
@@ -29,8 +31,8 @@ class LimitBody:
             return
         scope.setdefault("state", {})["arrived_s"] = time.monotonic()
         try:
-            self._check(scope["method"], scope["headers"])
-        except (BodyTooLarge, MalformedInput, UnsupportedMedia) as error:
+            inflater = self._check(scope["headers"])
+        except ServiceError as error:
             await error_response(error, scope)(scope, receive, send)
             return
 
@@ -39,31 +41,36 @@ class LimitBody:
         async def limited_receive() -> Message:
             nonlocal read
             message = await receive()
-            if message["type"] == "http.request":
-                read += len(message.get("body", b""))
-                if read > self._max_bytes:
-                    # The framework turns all but its own exceptions into a 400 while it reads a body.
-                    raise HTTPException(413, f"expected a body of at most {self._max_bytes} bytes, got more")
-            return message
+            if message["type"] != "http.request":
+                return message
+            body: bytes = message.get("body", b"")
+            read += len(body)
+            # The framework turns all but its own exceptions into a 400 while it reads a body.
+            if read > self._max_bytes:
+                raise HTTPException(413, f"expected a body of at most {self._max_bytes} bytes, got more")
+            if inflater is None:
+                return message
+            more = message.get("more_body", False)
+            try:
+                plain = inflater.feed(body)
+                if not more:
+                    inflater.finish()
+            except ServiceError as error:
+                raise HTTPException(error.status, str(error)) from error
+            return {"type": "http.request", "body": plain, "more_body": more}
 
         await self._app(scope, limited_receive, send)
 
-    def _check(self, method: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        content_type = b""
+    def _check(self, headers: Iterable[tuple[bytes, bytes]]) -> Inflater | None:
+        """What has to be done to the body, by its headers; raises what is wrong with them."""
+        codings = []
         for name, value in headers:
-            if name == b"content-encoding" and value.lower() != b"identity":
-                raise UnsupportedMedia(f"expected a body without Content-Encoding, got {_shown(value)}")
+            if name == b"content-encoding":
+                codings += [coding for each in value.split(b",") if (coding := each.strip()).lower() != b"identity"]
             if name == b"content-length":
                 if not value.isdigit():
-                    raise MalformedInput(f"expected Content-Length to be a number, got {_shown(value)}")
+                    raise MalformedInput(f"expected Content-Length to be a number, got {value[:40].decode('latin-1')!r}")
                 if len(value) > 18 or int(value) > self._max_bytes:
                     raise BodyTooLarge(f"expected a body of at most {self._max_bytes} bytes, got {value.decode()[:24]}")
-            if name == b"content-type":
-                content_type = value
-        if method == "POST" and content_type.split(b";")[0].strip().lower() != b"application/json":
-            got = _shown(content_type) if content_type else "none"
-            raise UnsupportedMedia(f"expected Content-Type application/json, got {got}")
-
-
-def _shown(value: bytes) -> str:
-    return repr(value[:40].decode("latin-1"))
+        # Several are refused together: each layer multiplies how far a body can expand.
+        return Inflater(b", ".join(codings).decode("latin-1"), self._max_bytes) if codings else None

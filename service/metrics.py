@@ -51,13 +51,24 @@ class Metrics:
         self.gc_seconds = Histogram(
             "hbll_gc_pause_seconds", "Pauses by Python's garbage collection", buckets=_DECISIONS, registry=registry
         )
+        self.failed_seconds = Histogram(
+            "hbll_failed_seconds",
+            "From arrival to the error, of requests that were admitted",
+            ["model"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.last_answer = Gauge(
+            "hbll_last_answer_timestamp_seconds", "When a request was answered last", ["model"], registry=registry
+        )
         self.batch_rows = Histogram("hbll_batch_rows", "Rows of one inference", ["model"], buckets=_ROWS, registry=registry)
         self.ready = Gauge("hbll_ready", "1 when the server is ready", registry=registry)
 
     def clear(self) -> None:
         """Forget what was counted so far, by warm-up."""
         counters = (self.requests, self.refusals, self.answers, self.block_rows, self.deadlines)
-        for metric in (*counters, self.queue_seconds, self.compute_seconds, self.total_seconds, self.batch_rows):
+        times = (self.queue_seconds, self.compute_seconds, self.total_seconds, self.failed_seconds, self.last_answer)
+        for metric in (*counters, *times, self.batch_rows, self.profile_ratio, self.audits):
             metric.clear()
 
     def render(self) -> bytes:

@@ -19,19 +19,24 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     Raises:
         ClientGone: it did.
     """
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(_gone(request))
+    waiting = asyncio.current_task()
+    assert waiting is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        waiting.cancel()
+
+    watcher = asyncio.create_task(watch())  # the only task: the work is awaited here
     try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            watcher.result()
-            raise ClientGone("the client closed the connection before its answer was there")
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        waiting.uncancel()
+        raise ClientGone("the client closed the connection before its answer was there") from None
     finally:
         watcher.cancel()
-        task.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -48,12 +50,17 @@ async def on_validation_error(request: Request, exc: Exception) -> JSONResponse:
         return error_response(
             MalformedInput(f"the body is no JSON: {first['ctx']['error']} at byte {first['loc'][-1]}"), request.scope
         )
-    parts = (str(part)[:80] for part in first["loc"] if part != "body")
+    return error_response(InvalidInput(describe(first)), request.scope)
+
+
+def describe(problem: Mapping[str, Any]) -> str:
+    """One of pydantic's problems as a sentence: where, what was expected, what came."""
+    parts = (str(part)[:80] for part in problem["loc"] if part != "body")
     where = ".".join(part for part in parts if not part.startswith(("constrained", "literal")))  # branches of a union
-    message = first["msg"].removeprefix("Value error, ")
-    got = first.get("input")
+    message = problem["msg"].removeprefix("Value error, ")
+    got = problem.get("input")
     shown = f", got {got!r}"[:120] if isinstance(got, (str, int, float)) else ""
-    return error_response(InvalidInput(f"{where or 'the body'}: {message}{shown}"), request.scope)
+    return f"{where or 'the body'}: {message}{shown}"
 
 
 async def on_unknown_error(request: Request, exc: Exception) -> JSONResponse:

@@ -66,7 +66,9 @@ async def live() -> Live:
 async def ready(ctx: Ctx) -> Response:
     """200 once every model is loaded and warm, 503 until then and while shutting down."""
     is_ready = ctx.ready
-    return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+    drifts = {name: ctx.engine.drift(served) for name, served in ctx.repository.models.items()}
+    alarms = {name: drift.raised for name, drift in drifts.items() if drift is not None and drift.raised}
+    return JSONResponse({"ready": is_ready, "drift_alarms": alarms}, 200 if is_ready else 503)
 
 
 @router.get("/metrics", tags=["health"], response_class=PlainTextResponse)

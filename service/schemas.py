@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from service.policy import StoppedBy
+from service.policy.wish import StoppedBy
 
 _INPUT_SCHEMA = {
     "anyOf": [
@@ -30,6 +30,9 @@ _INPUT_SCHEMA = {
     ]
 }
 
+ABOUT_DEPTH = ("depth", "path", "min_confidence", "max_risk")
+"""The wishes of which a request has at most one."""
+
 Row = Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
 """One input; numbers are checked as an array, not one by one."""
 
@@ -38,10 +41,13 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class PredictRequest(_Schema):
-    """Inputs and, at most, one kind of wish about depth."""
-
+class _Inputs(_Schema):
     inputs: list[Row] = Field(min_length=1, description="one entry per row")
+
+
+class Wishes(_Schema):
+    """What a request wishes for: at most one kind of wish about depth, and a budget."""
+
     depth: Annotated[int, Field(ge=1, strict=True)] | Literal["best", "full"] | None = Field(
         None,
         description="blocks to run: the offered path of that depth that is best on validation; best: the reference path",
@@ -68,15 +74,9 @@ class PredictRequest(_Schema):
         "with at most this probability",
     )
     strict: bool = Field(False, strict=True, description="refuse with 504 at once rather than answer late")
-    probabilities: bool = Field(False, strict=True, description="return the probability of every label")
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"inputs": [{"image": "iVBORw0KGgo..."}], "latency_budget_ms": 5}]},
-    )
 
     @model_validator(mode="after")
-    def _one_wish(self) -> PredictRequest:
+    def _one_wish(self) -> Wishes:
         if len(self.wishes) > 1:
             raise ValueError(f"give only one of depth, path, min_confidence and max_risk, got {' and '.join(self.wishes)}")
         return self
@@ -84,7 +84,18 @@ class PredictRequest(_Schema):
     @property
     def wishes(self) -> list[str]:
         """The names of the wishes about depth that are given; at most one, once validated."""
-        return [name for name in ("depth", "path", "min_confidence", "max_risk") if getattr(self, name) is not None]
+        return [name for name in ABOUT_DEPTH if getattr(self, name) is not None]
+
+
+class PredictRequest(Wishes, _Inputs):  # in this order the fields of `_Inputs` come first
+    """Inputs and, at most, one kind of wish about depth."""
+
+    probabilities: bool = Field(False, strict=True, description="return the probability of every label")
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"inputs": [{"image": "iVBORw0KGgo..."}], "latency_budget_ms": 5}]},
+    )
 
 
 class StreamRequest(PredictRequest):
@@ -200,6 +211,66 @@ class ModelDetail(ModelSummary):
     paths: list[PathSummary]
 
 
+class PlanQuery(BaseModel):
+    """The wishes of a request that is not sent yet."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rows: int = Field(1, ge=1, le=4096, description="rows of the request")
+    depth: Annotated[int, Field(ge=1)] | Literal["best", "full"] | None = None
+    path: str | None = None
+    latency_budget_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    min_confidence: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    max_risk: float | None = Field(None, gt=0, lt=1, allow_inf_nan=False)
+    strict: bool = False
+
+    def as_wishes(self) -> Wishes:
+        """What `service.call.open_call` reads."""
+        return Wishes.model_validate(self.model_dump(exclude={"rows"}, exclude_none=True))
+
+
+class PlannedAnswer(_Schema):
+    """An answer on the way; `accuracy` is that of its path on validation data."""
+
+    path: str
+    depth: int
+    accuracy: float
+    expected_ms: float = Field(description="from now, by the live profile and what waits")
+
+
+class Plan(_Schema):
+    """What an average row would get now."""
+
+    model: str
+    version: int
+    policy: str
+    path: str
+    depth: int
+    expected_ms: float
+    feasible: bool = Field(description="whether the first answer is expected within the budget")
+    reason: str
+    answers: list[PlannedAnswer] = Field(description="in order; the last is the one above")
+
+
+class AuditedLevel(_Schema):
+    """One certified level."""
+
+    epsilon: float
+    audits: int
+    disagreements: int
+    evidence: float = Field(description="against the level still holding: 1 at first; the alarm is raised at 100")
+    alarm: bool = Field(description="early exits at this level are off: such requests get the reference path")
+
+
+class Audits(_Schema):
+    """The audits of a model."""
+
+    model: str
+    version: int
+    audit_rate: float
+    levels: list[AuditedLevel]
+
+
 class Live(_Schema):
     """The process answers."""
 
@@ -210,6 +281,9 @@ class Ready(_Schema):
     """Whether every model is loaded and warm."""
 
     ready: bool
+    drift_alarms: dict[str, list[float]] = Field(
+        default_factory=dict, description="certified levels that audits have refuted, by model; they no longer exit early"
+    )
 
 
 class Error(BaseModel):

@@ -32,8 +32,8 @@ class ModelSettings(BaseModel):
 
     policy: str = Field(
         DEFAULT_POLICY,
-        description="how requests are scheduled: ladder-edf, or one to compare it with (static(PATH), aimd(PATH), cheapest, "
-        "max-accuracy, max-batch, slackfit, clockwork)",
+        description="how requests are scheduled: ladder-edf, or one to compare it with: static(PATH), aimd(PATH), "
+        "cheapest, max-accuracy, max-batch, slackfit, clockwork",
     )
     min_depth: int = Field(1, ge=1, description="fewest blocks of an answer: what would be shallower is refused")
     default_latency_budget_ms: float | None = Field(None, gt=0, description="budget of requests without any wish")
@@ -72,8 +72,8 @@ class Settings(BaseSettings, ModelSettings):
     )
     per_model: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description='settings of single models, like {"digits": {"min_depth": 2}}: policy, min_depth, '
-        "default_latency_budget_ms, audit_rate",
+        description="what of policy, min_depth, default_latency_budget_ms and audit_rate is different for single models, "
+        'as JSON like {"digits": {"min_depth": 2}}',
     )
 
     def of_model(self, name: str) -> ModelSettings:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -28,14 +28,14 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._name = name
         self._loop = asyncio.get_running_loop()
-        self._futures: set[asyncio.Future[object]] = set()
+        self._futures: set[asyncio.Future[Any]] = set()
         self.deaths = 0
         self._start()
 
     def run(self, job: Callable[[], T]) -> asyncio.Future[T]:
         """The result of `job` or its exception, later; `WorkerDied` if the thread ended before."""
         future: asyncio.Future[T] = self._loop.create_future()
-        self._futures.add(future)  # type: ignore[arg-type]  # its result is not looked at
+        self._futures.add(future)
         future.add_done_callback(self._futures.discard)
         self._jobs.put((job, future))
         return future
@@ -46,11 +46,11 @@ class Worker:
         self._thread.join()
 
     def _start(self) -> None:
-        self._jobs: SimpleQueue[tuple[Callable[[], object], asyncio.Future[object]] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Callable[[], object], asyncio.Future[Any]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, args=(self._jobs,), name=self._name, daemon=True)
         self._thread.start()
 
-    def _work(self, jobs: SimpleQueue[tuple[Callable[[], object], asyncio.Future[object]] | None]) -> None:
+    def _work(self, jobs: SimpleQueue[tuple[Callable[[], object], asyncio.Future[Any]] | None]) -> None:
         asked_to = False
         try:
             while (item := jobs.get()) is not None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from family.manifest import ImageInput, Manifest, Metrics, PathEntry, Provenance, TensorSpec, file_name
 from family.tree import Path, Tree, format_path
+from service.profile import Parts
 from service.repository import ServedModel
 from service.runtime import Output, Rows
+from service.settings import ModelSettings
 
 SIDE = 2
 
@@ -44,6 +47,9 @@ class FakeRunner:
 
     def __post_init__(self) -> None:
         self.go.set()
+
+    name = "fake 1"
+    providers = ("Fake",)
 
     def run(self, nodes: Path, source: Rows, *, embed: bool, predict: bool = True, keep_state: bool = False) -> Output:
         self.began.set()
@@ -101,10 +107,24 @@ def rising_accuracies(tree: Tree) -> dict[Path, float]:
     return {path: 0.5 + 0.05 * len(path) + 0.01 * (path in tree.ladder) for path in tree.paths()}
 
 
-def fake_model(accuracies: dict[Path, float] | None = None, runner: FakeRunner | None = None) -> ServedModel:
+def fake_model(
+    accuracies: dict[Path, float] | None = None, runner: FakeRunner | None = None, **settings: Any
+) -> ServedModel:
     """A served model behind a fake runner, not warm."""
     manifest = fake_manifest(accuracies or rising_accuracies(Tree(3)))
-    return ServedModel("fake", 1, manifest, runner or FakeRunner())
+    return ServedModel("fake", 1, manifest, runner or FakeRunner(), ModelSettings(**settings))
+
+
+def fake_parts(nodes: Iterable[int] = range(1, 8), batches: tuple[int, ...] = (1, 8), block_s: float = 0.001) -> Parts:
+    """`block_s` a block, whatever the batch, and nothing else."""
+    nothing = (0.0,) * len(batches)
+    return Parts(
+        batches=batches,
+        call=nothing,
+        embed=nothing,
+        head=nothing,
+        nodes={node: (block_s,) * len(batches) for node in nodes},
+    )
 
 
 def rows(*confidences: float) -> Rows:

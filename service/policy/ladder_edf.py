@@ -296,8 +296,9 @@ class LadderEdf:
         return spare_s
 
     def _quantum_s(self) -> float:
-        """The longest that a run may take because of rows that have not arrived yet."""
-        return _SHARE_OF_BUDGET * self._tightest_s
+        """The longest that a run may take because of rows that have not arrived yet; one row can always run a block."""
+        one_block = Segment(self._offer.climb[0][:1], embed=True)
+        return max(_SHARE_OF_BUDGET * self._tightest_s, self._offer.profile.latency_s(one_block, 1))
 
     def _first_answers(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment]:
         """The most urgent queue's next batch."""

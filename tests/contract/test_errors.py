@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import struct
@@ -214,10 +215,23 @@ def test_a_body_over_the_limit_is_413_whether_or_not_it_says_so(client: Client) 
         assert response.json()["code"] == "body_too_large"
 
 
-def test_an_encoded_body_is_415(client: Client) -> None:
-    headers = {"content-encoding": "gzip", "content-type": "application/json"}
+@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip"])
+def test_an_encoding_that_is_not_read_is_415(client: Client, coding: str) -> None:
+    headers = {"content-encoding": coding, "content-type": "application/json"}
     response = client.request("POST", "/v1/models/digits/predict", content=b"x", headers=headers)
-    check(client, response, 415, "expected a body without Content-Encoding, got 'gzip'")
+    check(client, response, 415, f"expected Content-Encoding gzip, deflate or identity, got {coding!r}")
+
+
+def test_a_compressed_body_is_read(client: Client) -> None:
+    headers = {"content-encoding": "gzip", "content-type": "application/json"}
+    content = gzip.compress(json.dumps({"inputs": [GOOD]}).encode())
+    assert client.request("POST", "/v1/models/digits/predict", content=content, headers=headers).status_code == 200
+
+
+def test_a_body_that_is_too_long_once_decompressed_is_413(client: Client) -> None:
+    headers = {"content-encoding": "gzip", "content-type": "application/json"}
+    response = client.request("POST", "/v1/models/digits/predict", content=gzip.compress(b" " * 400_001), headers=headers)
+    check(client, response, 413, "expected a body of at most 400000 bytes, got more once decompressed")
 
 
 @pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "text/plain", "multipart/form-data"])
@@ -225,7 +239,7 @@ def test_what_is_not_announced_as_json_is_415(client: Client, content_type: str 
     """`curl -d` without `-H` sends the second of these."""
     headers = {"content-type": content_type} if content_type else {}
     response = client.request("POST", "/v1/models/digits/predict", content=b'{"inputs": []}', headers=headers)
-    check(client, response, 415, "expected Content-Type application/json, got")
+    check(client, response, 415, "expected Content-Type application/json or application/octet-stream, got")
 
 
 def test_json_may_be_announced_with_a_charset(client: Client) -> None:
@@ -256,7 +270,7 @@ def test_a_bug_is_500_and_tells_nothing(client: Client, monkeypatch: pytest.Monk
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr("service.predict.resolve_wish", broken)
+    monkeypatch.setattr("service.call.resolve_wish", broken)
     response = client.predict({"inputs": [GOOD]})
     assert response.status_code == 500
     assert response.json()["code"] == "internal"

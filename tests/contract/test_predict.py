@@ -153,3 +153,20 @@ def test_a_certified_risk_climbs_to_its_threshold_and_says_what_holds(
             assert row["stopped_by"] == {"confidence": "risk", "complete": "complete"}[other["stopped_by"]]
             assert other["certified"] is None
         assert same["risk"] is None
+
+
+def test_wishes_may_come_as_headers_and_the_body_wins(client: Client, images: np.ndarray) -> None:
+    def ask(headers: dict[str, str], **wishes: object) -> dict[str, object]:
+        body = {"inputs": [images[0].tolist()], **wishes}
+        response = client.request("POST", "/v1/models/digits/predict", json=body, headers=headers)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    answer = ask({"X-Depth": "3", "X-Latency-Budget-Ms": "10000"})
+    assert (answer["predictions"][0]["depth"], answer["deadline_met"]) == (3, True)
+    assert ask({"X-Depth": "3"}, depth=2)["predictions"][0]["depth"] == 2
+    assert ask({"X-Depth": "3"}, min_confidence=0)["predictions"][0]["stopped_by"] == "confidence"
+    response = client.request(
+        "POST", "/v1/models/digits/predict", json={"inputs": [images[0].tolist()]}, headers={"X-Depth": "9"}
+    )
+    assert (response.status_code, response.json()["code"]) == (422, "not_offered")

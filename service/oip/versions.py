@@ -1,0 +1,55 @@
+"""Models in URLs, with and without a version: `/v2/models/{model}[/versions/{version}]...`.
+
+Today the highest version of a model is served, so that is the only one that a URL can name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Request
+
+from service.context import Ctx
+from service.errors import UnknownVersion
+from service.repository import ServedModel
+
+_PREFIXES = {"/v2/models/{model}": ("model",), "/v2/models/{model}/versions/{version}": ("model", "version")}
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+async def _served(request: Request, ctx: Ctx) -> ServedModel:
+    served = ctx.repository.get(request.path_params["model"])
+    version: str | None = request.path_params.get("version")
+    if version is not None and version != str(served.version):
+        raise UnknownVersion(
+            f"version {version[:20]!r} of {served.name} is not served here: expected {served.version}",
+            versions=[str(served.version)],
+        )
+    return served
+
+
+Served = Annotated[ServedModel, Depends(_served)]
+"""The model that the URL names, for handlers registered by `for_models`.
+
+Raises:
+    UnknownModel: there is none of that name.
+    UnknownVersion: it is not served in that version.
+"""
+
+
+def for_models(
+    router: APIRouter, method: str, suffix: str, *, openapi_extra: dict[str, Any] | None = None, **options: Any
+) -> Callable[[Handler], Handler]:
+    """Register a handler at `suffix` of a model's URL and of its version's."""
+    extra = openapi_extra or {}
+
+    def register(handler: Handler) -> Handler:
+        for prefix, names in _PREFIXES.items():
+            in_path = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+            described = {**extra, "parameters": [*in_path, *extra.get("parameters", ())]}
+            router.add_api_route(prefix + suffix, handler, methods=[method], openapi_extra=described, **options)
+        return handler
+
+    return register

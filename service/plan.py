@@ -1,0 +1,107 @@
+"""What would be picked for a request now, and why; and the audits of certified answers: the routes for who watches."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from family.tree import format_path
+from service.call import open_call
+from service.context import Context, Ctx, errors, milliseconds
+from service.drift import DriftWatch
+from service.errors import NotReady
+from service.policy.state import Step
+from service.repository import ServedModel
+from service.schemas import AuditedLevel, Audits, Plan, PlannedAnswer, PlanQuery
+
+router = APIRouter(redirect_slashes=False)
+
+
+@router.get("/v1/models/{model}/plan", tags=["models"], responses=errors(404, 422, 429, 500, 503))
+async def plan(model: str, wishes: Annotated[PlanQuery, Query()], request: Request, ctx: Ctx) -> Plan:
+    """What a request with these wishes would get now, by the live profile and what waits, and why."""
+    served = ctx.repository.get(model)
+    arrived_s: float = request.state.arrived_s
+    call = open_call(ctx, served, wishes.as_wishes(), wishes.rows, arrived_s)
+    now_s = time.monotonic()
+    steps = ctx.engine.foresee(served, call.wish, wishes.rows)
+    accuracies = served.manifest.accuracies
+    answers = [
+        PlannedAnswer(
+            path=format_path(step.path),
+            depth=len(step.path),
+            accuracy=accuracies[step.path],
+            expected_ms=milliseconds(step.by_s - now_s),
+        )
+        for step in steps
+    ]
+    feasible = call.budget_ms is None or steps[0].by_s <= arrived_s + call.budget_ms / 1000
+    return Plan(
+        model=served.name,
+        version=served.version,
+        policy=served.settings.policy,
+        path=answers[-1].path,
+        depth=answers[-1].depth,
+        expected_ms=answers[-1].expected_ms,
+        feasible=feasible,
+        reason=_reason(served, steps, feasible, wishes),
+        answers=answers,
+    )
+
+
+def _reason(served: ServedModel, steps: tuple[Step, ...], feasible: bool, wishes: PlanQuery) -> str:
+    last = steps[-1].path
+    if not feasible:
+        return "not even the first answer is expected within the budget" + (
+            ": the request would be refused"
+            if wishes.strict
+            else ": it would come late, or the request expire in the queue"
+        )
+    if wishes.depth is not None or wishes.path is not None:
+        return "the path that was asked for"
+    climbs = wishes.min_confidence is not None or wishes.max_risk is not None
+    until = ", unless an answer before it is confident enough" if climbs else ""
+    if last == served.manifest.reference:
+        return "the reference path: nothing deeper is better" + until
+    if wishes.latency_budget_ms is not None and len(steps) < len(served.manifest.climb):
+        return "the next answer is not expected within the budget, or not worth the time under the present load" + until
+    return "what the policy chooses under the present load" + until
+
+
+@router.get("/v1/models/{model}/audits", tags=["models"], responses=errors(404, 422, 500, 503))
+async def audits(model: str, ctx: Ctx) -> Audits:
+    """What audits found: a random share of requests with max_risk is compared with the reference path."""
+    served = ctx.repository.get(model)
+    return _audits(served, _drift(ctx, served))
+
+
+@router.post("/v1/models/{model}/audits/reset", tags=["models"], responses=errors(404, 422, 500, 503))
+async def reset_audits(model: str, ctx: Ctx) -> Audits:
+    """Trust the certificate again: forget all audits, and let levels exit early whose alarm was raised."""
+    served = ctx.repository.get(model)
+    drift = _drift(ctx, served)
+    drift.reset()
+    return _audits(served, drift)
+
+
+def _drift(ctx: Context, served: ServedModel) -> DriftWatch:
+    drift = ctx.engine.drift(served)
+    if drift is None:
+        raise NotReady("the model is warming up: ask again in a second")
+    return drift
+
+
+def _audits(served: ServedModel, drift: DriftWatch) -> Audits:
+    levels = [
+        AuditedLevel(
+            epsilon=epsilon,
+            audits=alarm.audits,
+            disagreements=alarm.disagreements,
+            evidence=min(alarm.evidence, 1e300),
+            alarm=alarm.raised,
+        )
+        for epsilon, alarm in drift.alarms.items()
+    ]
+    return Audits(model=served.name, version=served.version, audit_rate=served.settings.audit_rate, levels=levels)

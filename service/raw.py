@@ -1,0 +1,61 @@
+"""Raw bodies, for those who count microseconds: one little-endian row-major FP32 tensor, wishes in the query."""
+
+from __future__ import annotations
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
+from starlette.routing import Match
+from starlette.types import Scope
+
+from family.manifest import Manifest
+from service.call import open_call
+from service.context import Ctx
+from service.errors import InvalidInput
+from service.inputs import check_rows
+from service.media import OCTETS
+from service.predict import answer_call
+from service.runtime import Rows
+from service.wishes import with_headers, with_query
+
+
+class _OctetsRoute(APIRoute):
+    """Leaves requests with other content types to the routes after it."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        for name, value in scope.get("headers", ()):
+            if name == b"content-type" and value.partition(b";")[0].strip().lower() == OCTETS.encode():
+                return super().matches(scope)
+        return Match.NONE, {}
+
+
+router = APIRouter(redirect_slashes=False, route_class=_OctetsRoute)
+
+
+@router.post("/v1/models/{model}/predict", include_in_schema=False)
+async def predict_raw(model: str, request: Request, ctx: Ctx) -> Response:
+    """As `service.predict.predict`, for a raw body."""
+    served = ctx.repository.get(model)
+    wishes = with_headers(with_query(request.scope["query_string"]), request.scope["headers"])
+    body = await request.body()
+    x = _read(body, served.manifest, ctx.settings.max_request_rows)
+    call = open_call(ctx, served, wishes, len(x), request.state.arrived_s)
+    return await answer_call(request, ctx, call, x, probabilities=wishes.probabilities)
+
+
+def _read(body: bytes, manifest: Manifest, max_rows: int) -> Rows:
+    """The rows `(rows, *input_shape) float32` of a body.
+
+    Raises:
+        InvalidInput: it is not a whole number of rows, or has too many; NaN or infinity, pixels out of range.
+    """
+    shape = manifest.input.shape[1:]
+    row_bytes = 4 * int(np.prod(shape))
+    rows, rest = divmod(len(body), row_bytes)
+    if rest or not 0 < rows <= max_rows:
+        raise InvalidInput(
+            f"expected 1 to {max_rows} rows of {row_bytes} bytes, FP32 of shape {list(shape)}, got {len(body)} bytes"
+        )
+    x: Rows = np.frombuffer(body, "<f4").reshape(rows, *shape)
+    check_rows(x, "the body", pixels=manifest.image is not None)
+    return x
