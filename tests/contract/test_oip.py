@@ -141,6 +141,7 @@ def test_statistics_count_requests_rows_and_failures(client: Client, images: np.
         assert client.get(f"{MODEL}/versions/1/stats").json()["model_stats"] == [stats]
         times = stats["inference_stats"]
         assert times["success"]["ns"] >= times["queue"]["ns"] > 0
+        assert times["compute_input"]["count"] == times["compute_infer"]["count"] == times["compute_output"]["count"]
         counts = [times[name]["count"] for name in ("success", "fail", "queue", "compute_infer")]
         return [stats["inference_count"], stats["execution_count"], *counts]
 
