@@ -113,8 +113,8 @@ async def _warm_up(app: FastAPI) -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://warm-up") as client:
             for model in models:
                 for _ in range(_WARM_UP_REQUESTS):
-                    for body in _warm_up_bodies(model):
-                        response = await client.post(f"/v1/models/{model.name}/predict", json=body)
+                    for url, body in _warm_up_requests(model):
+                        response = await client.post(url, json=body)
                         if response.is_error:  # tight limits may refuse ours, and are no reason not to serve
                             logger.info("warm-up of %s: %s", model.name, response.text)
                             break
@@ -130,12 +130,19 @@ async def _warm_up(app: FastAPI) -> None:
     logger.info("ready: serving %s", ", ".join(context.repository.models))
 
 
-def _warm_up_bodies(model: ServedModel) -> list[dict[str, object]]:
-    """A request with a nested list and, where the model takes images, one with an image."""
+def _warm_up_requests(model: ServedModel) -> list[tuple[str, dict[str, object]]]:
+    """By URL: requests with a nested list, with a tensor, and where the model takes images with one."""
     shape = model.manifest.input.shape[1:]
-    bodies: list[dict[str, object]] = [{"inputs": [np.zeros(shape).tolist()], "probabilities": True, "min_confidence": 1}]
+    predict_url, infer_url = f"/v1/models/{model.name}/predict", f"/v2/models/{model.name}/infer"
+    zeros = np.zeros((1, *shape))
+    tensor = {"name": model.manifest.input.name, "shape": zeros.shape, "datatype": "FP32", "data": zeros.tolist()}
+    requests: list[tuple[str, dict[str, object]]] = [
+        (predict_url, {"inputs": zeros.tolist(), "probabilities": True, "min_confidence": 1}),
+        (infer_url, {"inputs": [tensor], "parameters": {"binary_data_output": True}}),
+    ]
     if model.manifest.image is not None:
         png = io.BytesIO()
         Image.new("L", (model.manifest.image.width, model.manifest.image.height)).save(png, "PNG")
-        bodies.append({"inputs": [{"image": base64.b64encode(png.getvalue()).decode()}], "depth": "best"})
-    return bodies
+        image = {"image": base64.b64encode(png.getvalue()).decode()}
+        requests.append((predict_url, {"inputs": [image], "depth": "best"}))
+    return requests

@@ -33,9 +33,14 @@ class Context:
         return self.warm and self.engine.ready
 
 
-async def _context(request: Request) -> Context:  # FastAPI would run a plain function in a thread, for every request
+def context_of(request: Request) -> Context:
+    """The app's parts, for a route that does without FastAPI's dependencies."""
     context: Context = request.app.state.context
     return context
+
+
+async def _context(request: Request) -> Context:  # FastAPI would run a plain function in a thread, for every request
+    return context_of(request)
 
 
 Ctx = Annotated[Context, Depends(_context)]

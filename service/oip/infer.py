@@ -8,13 +8,13 @@ from fastapi import APIRouter, Request, Response
 
 from service.answers import Answer
 from service.call import Call, count_answered, count_failed, open_call
-from service.context import Ctx, errors, milliseconds
+from service.context import context_of, errors, milliseconds
 from service.encodings import accepted_coding
 from service.errors import ServiceError
 from service.media import JSON, OCTETS, reading
 from service.oip.schemas import InferenceParameters, InferenceRequest, InferenceResponse
 from service.oip.tensors import read_rows, require_input, require_outputs
-from service.oip.versions import Served, for_models
+from service.oip.versions import for_models, served_model
 from service.oip.wire import HEADER_LENGTH, read_parameters, read_request, write_response
 from service.presence import while_connected
 from service.wishes import HEADER_PARAMETERS, with_headers
@@ -79,8 +79,10 @@ _DESCRIBED = {
     },
     openapi_extra=_DESCRIBED,
 )
-async def infer(served: Served, request: Request, ctx: Ctx) -> Response:
+async def infer(request: Request) -> Response:
     """Answer each row at the depth that the wishes and the budget allow."""
+    # The body and the dependencies are read by hand: FastAPI's ways would cost as much as all the rest here.
+    ctx, served = context_of(request), served_model(request)
     manifest = served.manifest
     message, binary = read_request(await request.body(), request.headers.get(HEADER_LENGTH), manifest)
     parameters = with_headers(read_parameters(message.parameters), request.scope["headers"])

@@ -183,7 +183,7 @@ class Duration(_Object):
 
 
 class InferenceStatistics(_Object):
-    """Times of requests. Input and output are part of `compute_infer` here; nothing is cached."""
+    """Times of requests. Those of input and output are not taken apart here; nothing is cached."""
 
     success: Duration
     fail: Duration = Field(description="of requests that were admitted")

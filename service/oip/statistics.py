@@ -15,13 +15,16 @@ def statistics_of(metrics: Metrics, served: ServedModel) -> ModelStatistics:
     """What `served` has done since the server became ready."""
     name = served.name
     never = Duration(count=0, ns=0)
+    compute = _duration(metrics.compute_seconds, name)
+    # Decoding and encoding are not timed apart. perf_analyzer ends where the three counts differ.
+    untimed = Duration(count=compute.count, ns=0)
     inference = InferenceStatistics(
         success=_duration(metrics.total_seconds, name),
         fail=_duration(metrics.failed_seconds, name),
         queue=_duration(metrics.queue_seconds, name),
-        compute_input=never,
-        compute_infer=_duration(metrics.compute_seconds, name),
-        compute_output=never,
+        compute_input=untimed,
+        compute_infer=compute,
+        compute_output=untimed,
         cache_hit=never,
         cache_miss=never,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def read_rows(tensor: RequestInput, binary: memoryview, manifest: Manifest) -> R
 
 
 def _from_binary(tensor: RequestInput, binary: memoryview, dtype: np.dtype[Any]) -> NDArray[Any]:
-    size, expected = tensor.parameters["binary_data_size"], dtype.itemsize * int(np.prod(tensor.shape))
+    size, expected = tensor.parameters["binary_data_size"], dtype.itemsize * math.prod(tensor.shape)
     if tensor.data is not None:
         raise BadRequest(f"input {tensor.name!r}: expected either data or binary_data_size, got both")
     if type(size) is not int or size != expected:
@@ -119,7 +120,7 @@ def _from_binary(tensor: RequestInput, binary: memoryview, dtype: np.dtype[Any])
 
 
 def _from_json(tensor: RequestInput, dtype: np.dtype[Any]) -> NDArray[Any]:
-    name, count = tensor.name, int(np.prod(tensor.shape))
+    name, count = tensor.name, math.prod(tensor.shape)
     if tensor.data is None:
         raise BadRequest(f"input {name!r}: expected data or binary_data_size, got neither")
     if len(tensor.data) not in (count, tensor.shape[0]):  # before numpy walks whatever it is

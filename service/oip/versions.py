@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 
-from service.context import Ctx
+from service.context import context_of
 from service.errors import UnknownVersion
 from service.repository import ServedModel
 
@@ -19,8 +19,14 @@ _PREFIXES = {"/v2/models/{model}": ("model",), "/v2/models/{model}/versions/{ver
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
-async def _served(request: Request, ctx: Ctx) -> ServedModel:
-    served = ctx.repository.get(request.path_params["model"])
+def served_model(request: Request) -> ServedModel:
+    """The model that the URL of a route registered by `for_models` names.
+
+    Raises:
+        UnknownModel: there is none of that name.
+        UnknownVersion: it is not served in that version.
+    """
+    served = context_of(request).repository.get(request.path_params["model"])
     version: str | None = request.path_params.get("version")
     if version is not None and version != str(served.version):
         raise UnknownVersion(
@@ -30,13 +36,11 @@ async def _served(request: Request, ctx: Ctx) -> ServedModel:
     return served
 
 
-Served = Annotated[ServedModel, Depends(_served)]
-"""The model that the URL names, for handlers registered by `for_models`.
+async def _served(request: Request) -> ServedModel:
+    return served_model(request)
 
-Raises:
-    UnknownModel: there is none of that name.
-    UnknownVersion: it is not served in that version.
-"""
+
+Served = Annotated[ServedModel, Depends(_served)]
 
 
 def for_models(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from service.app import create_app
+from service.policy import Wish, resolve_wish
 from service.repository import Repository
 from service.settings import Settings
 from tests.conftest import Trained
@@ -141,6 +142,7 @@ def test_statistics_count_requests_rows_and_failures(client: Client, images: np.
         assert client.get(f"{MODEL}/versions/1/stats").json()["model_stats"] == [stats]
         times = stats["inference_stats"]
         assert times["success"]["ns"] >= times["queue"]["ns"] > 0
+        assert times["compute_input"]["count"] == times["compute_infer"]["count"] == times["compute_output"]["count"]
         counts = [times[name]["count"] for name in ("success", "fail", "queue", "compute_infer")]
         return [stats["inference_count"], stats["execution_count"], *counts]
 
@@ -385,8 +387,18 @@ def test_of_timeout_and_budget_the_smaller_counts(client: Client, images: np.nda
 
 
 @pytest.mark.parametrize("priority", [0, 1, 2**63 - 1])
-def test_a_priority_is_taken(client: Client, images: np.ndarray, priority: int) -> None:
-    assert post(client, in_json(images, parameters={"priority": priority})).status_code == 200
+def test_a_priority_reaches_the_engine(
+    client: Client, images: np.ndarray, priority: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wishes: list[Wish] = []
+
+    def noted(*arguments: object, **options: object) -> Wish:
+        wishes.append(resolve_wish(*arguments, **options))
+        return wishes[-1]
+
+    monkeypatch.setattr("service.call.resolve_wish", noted)
+    assert post(client, in_json(images, parameters={"priority": priority, "depth": 2})).status_code == 200
+    assert [(wish.priority, wish.asked_as) for wish in wishes] == [(priority, "depth")]
 
 
 # What other clients send, as it was on the wire

@@ -115,8 +115,12 @@ class HeldServer:
 
     def send(self, path: str) -> socket.socket:
         body = b'{"inputs": [[[0.1, 0], [0, 0]]], "min_confidence": 1}'
+        if path == "infer":
+            tensor = b'{"name": "x", "shape": [1, 2, 2], "datatype": "FP32", "data": [0.1, 0, 0, 0]}'
+            body = b'{"inputs": [%s], "parameters": {"min_confidence": 1}}' % tensor
+        version = "v2" if path == "infer" else "v1"
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
-        head = f"POST /v1/models/fake/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /{version}/models/fake/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         return connection
 
@@ -140,7 +144,7 @@ def held() -> Iterator[HeldServer]:
     server.close()
 
 
-@pytest.mark.parametrize("path", ["predict", "predict/stream"])
+@pytest.mark.parametrize("path", ["predict", "predict/stream", "infer"])
 def test_clients_that_leave_the_queue_cost_no_block(held: HeldServer, path: str) -> None:
     held.runner.go.clear()
     held.runner.began.clear()
@@ -151,6 +155,7 @@ def test_clients_that_leave_the_queue_cost_no_block(held: HeldServer, path: str)
     for connection in waiting:
         connection.close()
     held.wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 20)
+    assert held.metric('hbll_failed_seconds_count{model="fake"}') == 20
     held.runner.go.set()
     received = b""
     while b"queue_ms" not in received:  # of the answer, or of the event that ends the stream

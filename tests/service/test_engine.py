@@ -254,7 +254,9 @@ def test_a_cancelled_request_frees_its_place_in_the_queue_at_once() -> None:
 def test_a_strict_request_is_measured_by_the_batch_that_it_would_run_in() -> None:
     async def test() -> None:
         async with bench() as b:
-            b.model.profile = LatencyProfile(fake_parts().model_copy(update={"nodes": dict.fromkeys(range(1, 8), (0.001, 0.008))}))
+            b.model.profile = LatencyProfile(
+                fake_parts().model_copy(update={"nodes": dict.fromkeys(range(1, 8), (0.001, 0.008))})
+            )
             b.engine.add(b.model)
             with pytest.raises(DeadlineInfeasible, match="expected at least 8 ms"):
                 await b.ask(*[0.1] * 8, budget_s=0.004, strict=True)
