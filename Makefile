@@ -14,7 +14,7 @@ ARGS   ?=
 # onnxruntime-gpu where an NVIDIA driver is present, else its CPU twin.
 RUNTIME := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
 
-.PHONY: help install demo train evaluate export verify serve test lint type format openapi figures rehearse clean
+.PHONY: help install demo train evaluate export verify serve test lint type format openapi figures bench-family bench rehearse clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,6 +61,16 @@ format: $(READY) ## let ruff format and fix
 
 openapi: $(READY) ## write openapi.yaml from the app
 	$(BIN)/python -m service.openapi openapi.yaml
+
+bench-family: runs/bench-models/bench/1/manifest.json ## train and export the family of the benchmarks, once: 8 minutes
+
+runs/bench-models/bench/1/manifest.json: | $(READY)
+	$(BIN)/hbll train --config training/configs/bench.toml --out runs/bench
+	$(BIN)/hbll export runs/bench runs/bench-models/bench/1
+
+bench: bench-family ## compare policies in the simulator and on real servers; wants a quiet machine (ARGS=--seeds 1 ...)
+	$(BIN)/hbll simulate --out docs/bench
+	$(BIN)/hbll bench --out docs/bench $(ARGS)
 
 figures: $(READY) ## draw the pictures of the README from RUN and BUNDLE
 	$(BIN)/python -m benchmarks.figures $(RUN) $(BUNDLE)

@@ -16,5 +16,5 @@ def test_the_wheel_holds_the_command_line_and_all_packages(tmp_path: Path) -> No
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"hbll.py", "family/tree.py", "training/configs/digits.toml", "export/graph.py", "service/app.py"} <= names
-    assert {f"{package}/py.typed" for package in ("family", "training", "export", "service")} <= names
-    assert not any(name.startswith(("tests/", "benchmarks/", "runs/", "models/")) for name in names)
+    assert {f"{package}/py.typed" for package in ("family", "training", "export", "service", "benchmarks")} <= names
+    assert not any(name.startswith(("tests/", "runs/", "models/")) for name in names)

@@ -1,0 +1,221 @@
+"""Real servers under an open-loop load: one process per policy, requests sent at their times, answers judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.load import Outcome, Request, lateness, run_replay
+from benchmarks.traces import Arrivals, poisson
+from training.data import Split
+
+_START_S = 120
+_CONTENT_TYPE = ((b"content-type", b"application/octet-stream"),)
+
+
+@dataclass(slots=True, eq=False)
+class Server:
+    """A running `hbll serve` of one model."""
+
+    policy: str
+    host: str
+    port: int
+    model: str
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> Any:
+        """JSON of a GET."""
+        return httpx.get(f"http://{self.host}:{self.port}{path}", timeout=10).raise_for_status().json()
+
+    @property
+    def memory_mb(self) -> float:
+        """Proportional set size of the process (Linux)."""
+        lines = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1000
+
+    def metric(self, name: str) -> float:
+        """The sum of a Prometheus metric over its labels."""
+        text = httpx.get(f"http://{self.host}:{self.port}/metrics", timeout=10).text
+        lines = [line for line in text.splitlines() if line.startswith((name + "{", name + " "))]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time of the process so far (Linux)."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def serve(models: Path, policy: str, module: str = "hbll", **settings: str) -> Iterator[Server]:
+    """Start a server and wait until it is ready; end it with SIGTERM, if it has not ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HBLL_")}
+    environment |= {"HBLL_POLICY": policy, "HBLL_THREADS": "1", "HBLL_MAX_QUEUE_ROWS": "4096", **settings}
+    command = [sys.executable, "-m", module, "serve", str(models), "--port", str(port)]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _wait_until_ready(process, port)
+            (model,) = (each["name"] for each in httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["models"])
+            yield Server(policy, "127.0.0.1", port, model, process)
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def serve_all(models: Path, policies: Sequence[str], **settings: str) -> Iterator[dict[str, Server]]:
+    """A server per policy, all at once: those that are not asked cost no processor time."""
+    with ExitStack() as stack:
+        yield {policy: stack.enter_context(serve(models, policy, **settings)) for policy in policies}
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline_s = time.monotonic() + _START_S
+    while time.monotonic() < deadline_s and process.poll() is None:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)  # another process, which has no other way to tell us
+    raise RuntimeError(f"the server did not become ready within {_START_S} s, or ended: status {process.poll()}")
+
+
+@dataclass(slots=True)
+class Measured:
+    """What became of the requests of one replay, in the order of their arrival. `depth` 0: no answer."""
+
+    policy: str
+    cell: str
+    seed: int
+    budget_s: float
+    late_share: float
+    scheduled_s: NDArray[np.float64]
+    latency_s: NDArray[np.float64]
+    depth: NDArray[np.int16]
+    right: NDArray[np.bool_]
+    statuses: Counter[str] = field(default_factory=Counter)
+    stopped_by: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def void(self) -> bool:
+        """The client itself was too late, too often."""
+        return self.late_share > 0.01
+
+    @property
+    def in_time(self) -> NDArray[np.bool_]:
+        """Answered within the deadline, from the scheduled arrival."""
+        return np.asarray((self.depth > 0) & (self.latency_s <= self.budget_s))
+
+    @property
+    def attainment(self) -> float:
+        """Share of all arrivals answered in time."""
+        return float(self.in_time.mean())
+
+    @property
+    def goodput(self) -> float:
+        """Share of all arrivals answered correctly and in time."""
+        return float((self.in_time & self.right).mean())
+
+    @property
+    def mean_depth(self) -> float:
+        """Blocks of the answers in time."""
+        return float(self.depth[self.in_time].mean()) if self.in_time.any() else 0.0
+
+
+class Load:
+    """Requests made of test images: which ones, only the seed says."""
+
+    def __init__(self, test: Split) -> None:
+        self._bodies = [image.astype("<f4").tobytes() for image in test.images.numpy()]
+        self._labels = [str(label) for label in test.labels.tolist()]
+
+    def play(
+        self,
+        server: Server,
+        arrivals: Arrivals,
+        budget_s: float,
+        cell: str = "",
+        seed: int = 0,
+        wishes: dict[str, str] | None = None,
+    ) -> Measured:
+        """Send a trace of one-row requests with this budget; the clients' deadline is the server's."""
+        images = np.random.default_rng(seed).integers(len(self._bodies), size=len(arrivals)).tolist()
+        query = "&".join(
+            f"{name}={value}" for name, value in {"latency_budget_ms": f"{1000 * budget_s:.4f}", **(wishes or {})}.items()
+        )
+        target = f"/v1/models/{server.model}/predict?{query}".encode()
+        requests = [
+            Request(at_s, self._bodies[image], target, _CONTENT_TYPE)
+            for at_s, image in zip(arrivals.tolist(), images, strict=True)
+        ]
+        outcomes = run_replay(server.host, server.port, requests, connections=64)
+        return self._judge(server.policy, cell, seed, budget_s, outcomes, images)
+
+    def _judge(
+        self, policy: str, cell: str, seed: int, budget_s: float, outcomes: Sequence[Outcome], images: Sequence[int]
+    ) -> Measured:
+        measured = Measured(
+            policy,
+            cell,
+            seed,
+            budget_s,
+            lateness(outcomes),
+            np.array([outcome.scheduled_s for outcome in outcomes]),
+            np.array([outcome.latency_s for outcome in outcomes]),
+            np.zeros(len(outcomes), np.int16),
+            np.zeros(len(outcomes), np.bool_),
+        )
+        for place, (outcome, image) in enumerate(zip(outcomes, images, strict=True)):
+            measured.statuses[outcome.error or str(outcome.status)] += 1
+            if outcome.ok and outcome.body is not None:
+                (answer,) = json.loads(outcome.body)["predictions"]
+                measured.depth[place] = answer["depth"]
+                measured.right[place] = answer["label"] == self._labels[image]
+                measured.stopped_by[answer["stopped_by"]] += 1
+        return measured
+
+
+def shallowest_latency_s(load: Load, server: Server, path: str, requests: int = 300) -> float:
+    """Median end-to-end latency of `path` at one client on an idle server."""
+    arrivals: Arrivals = 0.02 * np.arange(requests, dtype=np.float64)
+    measured = load.play(server, arrivals, 10.0, wishes={"path": path})
+    return float(np.median(measured.latency_s[measured.depth > 0]))
+
+
+def capacity_of(load: Load, server: Server, budget_s: float, highest: float = 8000.0, seconds: float = 4.0) -> float:
+    """The highest Poisson rate at which `server` answers 99 % within `budget_s`, to 3 %: by bisection."""
+    low, high = highest / 64, highest
+    seed = 1000
+    while high / low > 1.03:
+        rate = (low * high) ** 0.5
+        seed += 1
+        measured = load.play(server, poisson(rate, seconds, seed), budget_s, seed=seed)
+        if measured.attainment >= 0.99:
+            low = rate
+        else:
+            high = rate
+    return low

@@ -1,0 +1,53 @@
+"""What a bundle answers to the test digits at every path that a policy may stop at: recorded once, played back often."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path as FilePath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.simulation import Outcomes
+from family.manifest import Manifest
+from family.tree import Path
+from service.runtime import Runtime
+from training.data import Split, load_digits
+
+_BATCH = 32
+
+
+def digits_of(manifest: Manifest) -> Split:
+    """The test split that the bundle's family was measured on.
+
+    Raises:
+        ValueError: it was trained on something else.
+    """
+    match = re.fullmatch(r"digits, shift ([0-9]+)", manifest.provenance.dataset)
+    if match is None:
+        raise ValueError(f"expected a bundle trained on the embedded digits, got {manifest.provenance.dataset!r}")
+    return load_digits(shift=int(match[1])).test
+
+
+def record(bundle: FilePath, manifest: Manifest, test: Split) -> Outcomes:
+    """The calibrated confidence and the correctness of every path of the climb and the front, one thread."""
+    runtime = Runtime(bundle, manifest, threads=1, device="cpu")
+    x: NDArray[np.float32] = test.images.numpy()
+    labels: NDArray[np.int64] = test.labels.numpy()
+    confidence: dict[Path, list[float]] = {}
+    right: dict[Path, list[bool]] = {}
+    for path in dict.fromkeys((*manifest.climb, *manifest.front)):
+        probabilities = np.concatenate(
+            [_probabilities(runtime, manifest, path, x[start : start + _BATCH]) for start in range(0, len(x), _BATCH)]
+        )
+        confidence[path] = probabilities.max(axis=1).tolist()
+        right[path] = (probabilities.argmax(axis=1) == labels).tolist()
+    return Outcomes(confidence, right)
+
+
+def _probabilities(runtime: Runtime, manifest: Manifest, path: Path, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    logits = runtime.run(path, x, embed=True).logits
+    assert logits is not None
+    scaled = logits.astype(np.float64) / manifest.offered[path].temperature
+    scaled = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    return np.asarray(scaled / scaled.sum(axis=1, keepdims=True))

@@ -1,0 +1,280 @@
+"""`hbll simulate`: policies compared in simulated time, on the measured latencies and recorded answers of a real bundle."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import traces
+from benchmarks.bound import upper_bound
+from benchmarks.cells import LIVE, LONG, MATRIX, Cell
+from benchmarks.outcomes import digits_of, record
+from benchmarks.plots import draw_loads
+from benchmarks.simulation import Hardware, Outcomes, Report, simulate
+from family.manifest import BundleError, check_files, load_manifest
+from family.tree import format_path
+from service.policy import DEFAULT_POLICY, make_policy
+from service.policy.state import Offer, Policy
+from service.profile import LatencyProfile, Parts, Segment
+from service.repository import ServedModel
+from service.runtime import Runtime
+from service.settings import ModelSettings
+
+console = Console()
+
+DEFAULT_BUNDLE = Path("runs/bench-models/bench/1")
+_RESERVE_S = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All that a simulation needs of a bundle and a machine; small enough to be sent to other processes."""
+
+    offer: Offer
+    parts: Parts
+    ratios: tuple[float, ...]
+    outcomes: Outcomes
+    hardware: Hardware
+
+    def fresh(self, policy: str) -> tuple[Policy, Offer]:
+        """A policy of one server, with a profile of its own that begins as the measured one."""
+        profile = LatencyProfile(self.parts)
+        for rows, ratio in zip(self.parts.batches, self.ratios, strict=True):
+            for segment in (Segment(self.offer.front[0], embed=True),):
+                profile.observe(segment, rows, ratio * profile.typical_s(segment, rows))
+        offer = Offer(self.offer.climb, self.offer.front, self.offer.accuracies, profile, self.offer.reserve_s)
+        return make_policy(policy, offer), offer
+
+    @property
+    def shallowest_s(self) -> float:
+        """Latency of the shallowest path at one client, end to end."""
+        hardware, shallowest = self.hardware, Segment(self.offer.front[0], embed=True)
+        inference_s = LatencyProfile(self.parts).typical_s(shallowest, 1)
+        return hardware.receive_s + hardware.hop_s + inference_s + hardware.send_s
+
+    def play(self, arrivals_s: traces.Arrivals, budget_s: float, policy: str, *, servers: int, seed: int) -> Report:
+        """One simulation."""
+        return simulate(
+            arrivals_s,
+            budget_s,
+            self.outcomes,
+            lambda: self.fresh(policy),
+            servers=servers,
+            hardware=self.hardware,
+            max_queue_rows=4096,
+            seed=seed,
+        )
+
+    def capacity(self) -> float:
+        """C of one server: the highest Poisson rate at which the shallowest path with AIMD batching answers 99 % within
+        the longer deadline, to 2 %."""
+        policy, budget_s = f"aimd({format_path(self.offer.front[0])})", LONG * self.shallowest_s
+        low = high = 1 / self.shallowest_s / 8
+        while self.play(traces.poisson(high, 20_000 / high, 7), budget_s, policy, servers=1, seed=7).attainment >= 0.99:
+            low, high = high, 2 * high
+        while high / low > 1.02:
+            rate = (low * high) ** 0.5
+            report = self.play(traces.poisson(rate, 20_000 / rate, 7), budget_s, policy, servers=1, seed=7)
+            low, high = (rate, high) if report.attainment >= 0.99 else (low, rate)
+        return low
+
+
+def open_world(bundle: Path, hardware: Hardware) -> World:
+    """Measure a bundle here, on one thread, and record what it answers to the test digits.
+
+    Raises:
+        BundleError: it is damaged.
+        ValueError: it was not trained on the digits.
+    """
+    manifest = load_manifest(bundle)
+    check_files(bundle, manifest)
+    runtime = Runtime(bundle, manifest, threads=1, device="cpu")
+    model = ServedModel("simulated", 1, manifest, runtime, ModelSettings())
+    model.warm_up(32, time.perf_counter, lambda: False)
+    assert model.profile is not None
+    profile = model.profile
+    offer = Offer.of(manifest, profile, _RESERVE_S)
+    ratios = tuple(profile.ratio(rows) for rows in profile.parts.batches)
+    return World(offer, profile.parts, ratios, record(bundle, manifest, digits_of(manifest)), hardware)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One policy in one cell with one seed."""
+
+    cell: Cell
+    policy: str
+    seed: int
+    servers: int
+    requests: int
+    capacity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What came of it, as shares of all arrivals; `bound` (one server only) is the most that is possible."""
+
+    job: Job
+    requests: int
+    goodput: float
+    attainment: float
+    accuracy: float
+    depth: float
+    bound: float
+
+
+_world: World | None = None  # of a worker process
+
+
+def _keep(world: World) -> None:
+    global _world
+    _world = world
+
+
+def _play(job: Job) -> Played:
+    assert _world is not None
+    world, servers = _world, job.servers
+    arrivals = job.cell.arrivals(job.capacity * servers, job.requests, job.seed)
+    budget_s = job.cell.deadline * world.shallowest_s
+    report = world.play(arrivals, budget_s, job.policy, servers=servers, seed=job.seed)
+    lost = len(arrivals) - sum(report.counts.values())
+    if lost:
+        raise AssertionError(f"{lost} of {len(arrivals)} requests were lost: {job}")
+    bound = math.nan
+    if servers == 1 and job.policy == DEFAULT_POLICY:
+        bound = upper_bound(arrivals, budget_s, world.outcomes, LatencyProfile(world.parts))
+    return Played(job, len(arrivals), report.goodput, report.attainment, report.accuracy, report.mean_depth, bound)
+
+
+def play_all(world: World, jobs: Sequence[Job], workers: int) -> list[Played]:
+    """All jobs, in order, with a progress bar."""
+    with ProcessPoolExecutor(workers, initializer=_keep, initargs=(world,)) as pool:
+        return list(track(pool.map(_play, jobs, chunksize=4), "simulating", total=len(jobs), console=console))
+
+
+@click.command("simulate")
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False), default=DEFAULT_BUNDLE)
+@click.option("--policies", help="Comma-separated.  [default: all, static ones on the paths of the front]")
+@click.option("--live-cells", is_flag=True, help="Only the twelve cells that `hbll bench` measures.")
+@click.option("--servers", type=click.IntRange(1, 1000), default=1, show_default=True, help="Behind two random choices.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--requests", type=click.IntRange(min=100), default=10_000, show_default=True, help="Of one trace.")
+@click.option("--hop-us", default=100.0, show_default=True, help="What a run costs beyond the inference.")
+@click.option("--http-us", default=500.0, show_default=True, help="From sending to the queue, and from decision to answer.")
+@click.option("--jitter", default=0.1, show_default=True, help="Standard deviation of the logarithm of a run's time.")
+@click.option("--workers", type=click.IntRange(min=1), default=lambda: os.cpu_count() or 1, help="Processes.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for simulation.csv and a plot.")
+def main(
+    bundle: Path,
+    policies: str | None,
+    live_cells: bool,
+    servers: int,
+    seeds: int,
+    requests: int,
+    hop_us: float,
+    http_us: float,
+    jitter: float,
+    workers: int,
+    out: Path | None,
+) -> None:
+    """Compare policies in simulated time, on measured latencies and recorded answers of BUNDLE.
+
+    The policies are the server's own code. Arrivals, images and jitter depend on the seed alone, so all policies meet
+    the same. Make the default bundle with `make bench-family`.
+
+    \b
+    Examples:
+      hbll simulate --live-cells
+      hbll simulate --policies ladder-edf,slackfit --servers 100 --seeds 1
+    """
+    hardware = Hardware(hop_s=hop_us / 1e6, jitter=jitter, send_s=http_us / 1e6, receive_s=http_us / 1e6)
+    try:
+        world = open_world(bundle, hardware)
+        names = split_names(policies) if policies else default_policies(world.offer)
+        for name in names:
+            world.fresh(name)
+    except (BundleError, ValueError) as exc:
+        raise click.ClickException(str(exc)) from exc
+    capacity = world.capacity()
+    console.print(
+        f"shallowest latency L = {1000 * world.shallowest_s:.2f} ms, capacity C = {capacity:.0f} requests/s a server"
+    )
+    cells = LIVE if live_cells else MATRIX
+    jobs = [
+        Job(cell, policy, seed, servers, requests, capacity) for cell in cells for policy in names for seed in range(seeds)
+    ]
+    start_s = time.perf_counter()
+    played = play_all(world, jobs, workers)
+    took_s = time.perf_counter() - start_s
+    total = sum(each.requests for each in played)
+    console.print(_table(played, names))
+    console.print(f"{total:,} requests in {took_s:.1f} s: {total / took_s:,.0f} a second, none lost")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_csv(out / "simulation.csv", played)
+        if not live_cells:
+            draw_loads(out / "simulation.png", played)
+        console.print(f"wrote {out}")
+
+
+def split_names(text: str) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def default_policies(offer: Offer) -> list[str]:
+    """Ours, the baselines, and static paths with AIMD batching: the shallowest, those of the climb."""
+    static = [f"aimd({format_path(path)})" for path in offer.climb]
+    return [DEFAULT_POLICY, "slackfit", "max-batch", "max-accuracy", "cheapest", "clockwork", *static]
+
+
+def _table(played: Sequence[Played], names: Sequence[str]) -> Table:
+    table = Table(title="answered correctly and in time / in time, % of all arrivals, means over the seeds")
+    table.add_column("cell")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("bound", justify="right")
+    for cell in dict.fromkeys(each.job.cell for each in played):
+        row = []
+        best = max(_mean(played, cell, name, "goodput") for name in names)
+        for name in names:
+            goodput = _mean(played, cell, name, "goodput")
+            text = f"{100 * goodput:.1f} / {100 * _mean(played, cell, name, 'attainment'):.1f}"
+            row.append(f"[bold]{text}[/]" if goodput == best else text)
+        bound = _mean(played, cell, DEFAULT_POLICY, "bound") if DEFAULT_POLICY in names else math.nan
+        table.add_row(cell.name, *row, "" if math.isnan(bound) else f"{100 * bound:.1f}")
+    return table
+
+
+def _mean(played: Sequence[Played], cell: Cell, policy: str, what: str) -> float:
+    return float(np.mean([getattr(p, what) for p in played if p.job.cell == cell and p.job.policy == policy]))
+
+
+def _write_csv(file: Path, played: Sequence[Played]) -> None:
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(
+            ["cell", "policy", "seed", "servers", "requests", "goodput", "attainment", "accuracy", "depth", "bound"]
+        )
+        for each in played:
+            job = each.job
+            shares = (each.goodput, each.attainment, each.accuracy, each.depth, each.bound)
+            writer.writerow(
+                [job.cell.name, job.policy, job.seed, job.servers, each.requests, *(f"{x:.5f}" for x in shares)]
+            )
+
+
+if __name__ == "__main__":
+    main()
