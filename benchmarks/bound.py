@@ -87,14 +87,17 @@ def _concave_hull(points: Floats) -> tuple[Floats, Floats]:
 def upper_bound(arrivals_s: Floats, budget_s: float, outcomes: Outcomes, profile: LatencyProfile) -> float:
     """The share of arrivals that can be answered correctly and in time, at the most, by one server."""
     seconds, value = value_of_time(outcomes, profile)
-    ends = taut_string(np.append(arrivals_s[1:], -np.inf), arrivals_s + budget_s, float(arrivals_s[0]))
-    spent = np.diff(ends, prepend=arrivals_s[0])
-    return float(np.interp(spent, seconds, value).mean())
+    pauses = np.flatnonzero(np.diff(arrivals_s) > budget_s) + 1  # after these everything begins anew
+    right = 0.0
+    for rows in np.split(arrivals_s, pauses):
+        ends = taut_string(np.append(rows[1:], -np.inf), rows + budget_s, float(rows[0]))
+        right += float(np.interp(np.diff(ends, prepend=rows[0]), seconds, value).sum())
+    return right / len(arrivals_s)
 
 
 def taut_string(lower: Floats, upper: Floats, start: float) -> Floats:
-    """The shortest path from `(0, start)` through `lower[k] <= e[k] <= upper[k]`, `k` counted from 1, which ends at the
-    last upper bound: it maximises the sum of every concave function of the steps. All bounds `(n,)`, rising.
+    """The shortest path from `(0, start)` through `lower[k] <= e[k] <= upper[k]`, which ends at the last upper bound: it
+    maximises the sum of every concave function of the steps. All bounds are `(n,)` and rising.
 
     The funnel of straight lines that fit is followed until it closes; there the string bends. O(n) bends of O(n) steps at
     worst, and close to O(n) in all where the tube is narrow.
