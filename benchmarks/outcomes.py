@@ -30,24 +30,26 @@ def digits_of(manifest: Manifest) -> Split:
 
 
 def record(bundle: FilePath, manifest: Manifest, test: Split) -> Outcomes:
-    """The calibrated confidence and the correctness of every path of the climb and the front, one thread."""
-    runtime = Runtime(bundle, manifest, threads=1, device="cpu")
-    x: NDArray[np.float32] = test.images.numpy()
+    """The calibrated confidence and the correctness of every path of the climb and the front."""
     labels: NDArray[np.int64] = test.labels.numpy()
     confidence: dict[Path, list[float]] = {}
     right: dict[Path, list[bool]] = {}
     for path in dict.fromkeys((*manifest.climb, *manifest.front)):
-        probabilities = np.concatenate(
-            [_probabilities(runtime, manifest, path, x[start : start + _BATCH]) for start in range(0, len(x), _BATCH)]
-        )
+        probabilities = probabilities_of(bundle, manifest, path, test)
         confidence[path] = probabilities.max(axis=1).tolist()
         right[path] = (probabilities.argmax(axis=1) == labels).tolist()
     return Outcomes(confidence, right)
 
 
-def _probabilities(runtime: Runtime, manifest: Manifest, path: Path, x: NDArray[np.float32]) -> NDArray[np.float64]:
-    logits = runtime.run(path, x, embed=True).logits
-    assert logits is not None
-    scaled = logits.astype(np.float64) / manifest.offered[path].temperature
-    scaled = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return np.asarray(scaled / scaled.sum(axis=1, keepdims=True))
+def probabilities_of(bundle: FilePath, manifest: Manifest, path: Path, test: Split) -> NDArray[np.float64]:
+    """What a path says to all images, `(rows, classes)`, calibrated; on one thread."""
+    runtime = Runtime(bundle, manifest, threads=1, device="cpu")
+    x: NDArray[np.float32] = test.images.numpy()
+    parts = []
+    for start in range(0, len(x), _BATCH):
+        logits = runtime.run(path, x[start : start + _BATCH], embed=True).logits
+        assert logits is not None
+        scaled = logits.astype(np.float64) / manifest.offered[path].temperature
+        scaled = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        parts.append(scaled / scaled.sum(axis=1, keepdims=True))
+    return np.concatenate(parts)
