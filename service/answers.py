@@ -55,6 +55,11 @@ class Engine(Protocol):
         """Whether it takes requests."""
         ...
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop."""
+        ...
+
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Warm up the models, then take requests."""
         ...
@@ -72,7 +77,7 @@ class Engine(Protocol):
         ...
 
     def retire(self, model: ServedModel) -> None:
-        """Forget a model once the last of its rows has been answered."""
+        """Forget a model once the last of its rows has been answered; there are no more audits of it."""
         ...
 
     def drift(self, model: ServedModel) -> DriftWatch | None:

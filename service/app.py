@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from service import plan, predict, raw, routes
+from service import plan, predict, routes
 from service.context import Context
 from service.engine import Engine
 from service.errors import ServiceError
@@ -27,6 +27,7 @@ from service.metrics import Metrics
 from service.oip import infer as oip_infer
 from service.oip import routes as oip_routes
 from service.pauses import watch_pauses
+from service.raw import RawRoute
 from service.reload import watch_repository
 from service.repository import Repository, ServedModel, open_repository
 from service.responses import on_http_exception, on_service_error, on_unknown_error, on_validation_error
@@ -89,8 +90,12 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     )
     app.state.context = Context(settings, repository, engine, metrics, tracer)
     app.state.metrics = metrics
-    for each in (raw, predict, oip_infer, routes, plan, oip_routes):  # tried in order: first those that answer
-        app.include_router(each.router)
+    app.router.routes.append(RawRoute())  # before the route of the same URL
+    # Tried in order: first those that answer.
+    for router in (predict.router, predict.stream_router, oip_infer.router):
+        app.include_router(router)
+    for router in (routes.router, plan.router, oip_routes.router):
+        app.include_router(router)
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
     return app
 

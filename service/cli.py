@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 import httpx
 import uvicorn
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.table import Table
 
@@ -36,9 +38,17 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 def serve(models: Path | None, host: str, port: int, threads: int | None, device: str | None) -> None:
     """Serve the model repository MODELS, a folder of MODEL/VERSION/ bundles (default: models).
 
-    Of each model the highest version is served. Every other setting comes from the environment: HBLL_MAX_BATCH,
-    HBLL_MAX_QUEUE_ROWS, HBLL_MAX_REQUEST_ROWS, HBLL_MAX_BODY_BYTES, HBLL_MAX_IMAGE_PIXELS,
-    HBLL_DEFAULT_LATENCY_BUDGET_MS, HBLL_RESERVE_MS.
+    Of each model the highest version is served; a higher one that appears later replaces it without a gap. Every other
+    setting comes from the environment:
+
+    \b
+      HBLL_POLICY, HBLL_MIN_DEPTH, HBLL_DEFAULT_LATENCY_BUDGET_MS, HBLL_AUDIT_RATE
+          for all models; HBLL_PER_MODEL='{"digits": {"min_depth": 2}}' for single ones
+      HBLL_MAX_BATCH, HBLL_MAX_QUEUE_ROWS, HBLL_MAX_REQUEST_ROWS
+      HBLL_MAX_BODY_BYTES, HBLL_MAX_IMAGE_PIXELS
+      HBLL_RESERVE_MS   kept back from every budget to send the answer
+      HBLL_POLL_S       how often new versions are looked for; 0: never
+      HBLL_CACHE_DIR    where measured latencies are kept
 
     \b
     Examples:
@@ -52,10 +62,16 @@ def serve(models: Path | None, host: str, port: int, threads: int | None, device
         settings = Settings(**{key: value for key, value in given.items() if value is not None})
         app = create_app(settings)
     except ValidationError as exc:
-        problems = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}" for error in exc.errors()
+        )
         raise click.ClickException(f"wrong setting: {problems}") from exc
+    except SettingsError as exc:  # no JSON where it should be
+        raise click.ClickException(f"wrong setting: {exc}: {exc.__cause__}") from exc
     except BundleError as exc:
         raise click.ClickException(str(exc)) from exc
+    # uvicorn drains on SIGTERM and then raises it once more, for whoever handled it before: a normal end has status 0.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=_DRAIN_S)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -25,6 +26,7 @@ class Context:
         self.engine = engine
         self.metrics = metrics
         self.tracer = tracer
+        self.loading = asyncio.Lock()  # one new version at a time
         self.warm = False
 
     @property

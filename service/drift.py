@@ -24,6 +24,7 @@ class DriftWatch:
         self._metrics = metrics
         self._coin = AuditCoin(rate, secrets.randbits(64) if seed is None else seed) if levels and rate > 0 else None
         self.alarms = {level.epsilon: RiskAlarm(level.epsilon) for level in levels}
+        self.reset()
 
     def admit(self, wish: Wish) -> tuple[Wish, bool]:
         """The wish as it may be fulfilled, and whether its request is to be audited: decided before anything is known."""

@@ -13,6 +13,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,7 @@ from service.errors import (
 from service.metrics import Metrics
 from service.policy import make_policy
 from service.policy.scheduler import Scheduler
-from service.policy.state import Batch, Decision, Offer, Row, Step
+from service.policy.state import Batch, Decision, Policy, Row, Step
 from service.policy.wish import StoppedBy, Wish
 from service.repository import ServedModel
 from service.runtime import Output, Rows
@@ -105,6 +106,8 @@ class Engine:
     _scheduler: Scheduler[ServedModel] = field(default_factory=Scheduler)
     _drift: dict[ServedModel, DriftWatch] = field(default_factory=dict)
     _retiring: set[ServedModel] = field(default_factory=set)
+    _tickets: set[_Ticket] = field(default_factory=set)
+    _audits: deque[_Row] = field(default_factory=deque)  # that wait for an idle moment, outside of the policies
     _untold: list[_Row] = field(default_factory=list)  # with an answer that its client may want to hear of
     _happened: asyncio.Event = field(default_factory=asyncio.Event)
     _order: itertools.count[int] = field(default_factory=itertools.count)
@@ -121,9 +124,14 @@ class Engine:
         alive = self._loop_task is not None and not self._loop_task.done()
         return self._warm and self._well and alive and not self._stopping.is_set()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stopping.is_set()
+
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Warm `models` up in the inference thread, then take requests."""
-        self._worker = Worker("inference")
+        self._worker = Worker("inference", self.metrics.worker_deaths.inc)
         for model in models:
             if self._stopping.is_set():
                 return
@@ -134,21 +142,18 @@ class Engine:
         self._warm = not self._stopping.is_set()
 
     def add(self, model: ServedModel) -> None:
-        """Serve a model that is warm.
-
-        Raises:
-            ValueError: its policy is none, or offers nothing.
-        """
+        """Serve a model that is warm."""
         assert model.profile is not None
-        offer = Offer.of(model.manifest, model.profile, self.reserve_s, model.settings.min_depth)
-        self._scheduler.policies[model] = make_policy(model.settings.policy, offer)
+        policy = make_policy(model.settings.policy, model.offer(model.profile, self.reserve_s))
+        self._scheduler.policies[model] = policy
         if model not in self._drift:
             rate = model.settings.audit_rate
             self._drift[model] = DriftWatch(model.name, model.manifest, rate, self.metrics)
 
     def retire(self, model: ServedModel) -> None:
-        """Forget a model, once the last of its rows has been answered."""
+        """Forget a model once the last of its rows has been answered; there are no more audits of it."""
         self._retiring.add(model)
+        self._audits = deque(row for row in self._audits if row.model is not model)
         self._happened.set()
 
     def drift(self, model: ServedModel) -> DriftWatch | None:
@@ -162,7 +167,7 @@ class Engine:
         if self._loop_task is not None:
             await self._loop_task
         now = self.clock()
-        self._settle([policy.settle(now, math.inf) for policy in self._scheduler.policies.values()])
+        self._settle([policy.settle(now, math.nextafter(math.inf, 0)) for policy in self._scheduler.policies.values()])
         self._fail_all(NotReady("the server is shutting down"))
         if self._worker is not None:
             await asyncio.to_thread(self._worker.stop)
@@ -186,10 +191,7 @@ class Engine:
         Raises:
             NotReady: the model is not warm.
         """
-        policy = self._scheduler.policies.get(model)
-        if policy is None:
-            raise NotReady("the model is warming up: ask again in a second")
-        return policy.foresee(wish, rows, max(self.clock(), self._busy_until_s))
+        return self._policy(model).foresee(wish, rows, max(self.clock(), self._busy_until_s))
 
     async def submit(
         self, model: ServedModel, x: Rows, wish: Wish, arrived_s: float, on_answer: OnAnswer | None = None
@@ -206,7 +208,7 @@ class Engine:
             InferenceFailed: the runtime raised.
         """
         self.require_room(len(x))
-        policy = self._scheduler.policies[model]
+        policy = self._policy(model)
         now = self.clock()
         if wish.strict and wish.deadline_s is not None:
             first = self.foresee(model, wish, len(x))[0]
@@ -220,6 +222,7 @@ class Engine:
             ticket.rows.append(_Row(wish, now, order, model=model, x=row, ticket=ticket, index=index, audited=audited))
         for waiting in ticket.rows:
             policy.arrive(waiting, now)
+        self._tickets.add(ticket)
         self.metrics.requests.labels(model.name).inc()
         self.metrics.queue_rows.set(self._scheduler.waiting())
         self._happened.set()
@@ -229,6 +232,16 @@ class Engine:
             self._leave(ticket)
             self.metrics.queue_rows.set(self._scheduler.waiting())
             raise
+        finally:
+            self._tickets.discard(ticket)
+
+    def _policy(self, model: ServedModel) -> Policy:
+        if model not in self._scheduler.policies:
+            if model.profile is None:
+                raise NotReady("the model is warming up: ask again in a second")
+            self.add(model)  # it was replaced and forgotten while this request was being read
+            self.retire(model)
+        return self._scheduler.policies[model]
 
     async def _run_forever(self) -> None:
         """Never ends but by `stop`: a surprise fails the requests that it meets and is logged."""
@@ -238,28 +251,47 @@ class Engine:
             except Exception:
                 logger.exception("the engine met an error of its own; %d rows are refused", self._scheduler.waiting())
                 self._fail_all(InferenceFailed("the server met an error of its own; its log has the cause"))
-                await self._happened.wait()
+                self._happened.clear()
+                if not self._stopping.is_set():
+                    await self._happened.wait()
 
     async def _run_once(self) -> None:
         self._happened.clear()
         start = self.clock()
+        while self._audits and self._audits[0].patient_until_s <= start:
+            self._begin_audit(start)
         decisions, model, batch = self._scheduler.decide(start)
         self.metrics.decision_seconds.observe(self.clock() - start)
         if batch is None or model is None:
             self._settle(decisions)
-            self._forget_retired()
-            await self._wait(self._scheduler.wake_s())
+            self._forget_retired(None)
+            if self._audits:
+                for _ in range(min(self.max_batch, len(self._audits))):
+                    self._begin_audit(start)
+            else:
+                await self._wait(self._scheduler.wake_s())
             return
-        rows = cast(Sequence[_Row], batch.rows)
+        assert self._worker is not None
+        worker, rows = self._worker, cast(Sequence[_Row], batch.rows)
         self._busy_until_s = start + batch.expected_s
-        running = self._infer(model, batch, rows)  # before answers are built, so that the thread need not wait for them
+        self.metrics.batch_rows.labels(model.name).observe(len(rows))
+        self.metrics.block_rows.labels(model.name).inc(len(rows) * len(batch.segment.nodes))
+        job = self._job(model, batch, rows)
+        running = worker.run(job)  # before answers are built, so that the thread need not wait for that
         self._settle(decisions)
+        self._forget_retired(model)
         try:
-            output = await running
+            try:
+                output = await running
+            except WorkerDied:  # perhaps not of this batch: once more
+                self._well = False
+                output = await worker.run(job)
         except Exception:
             logger.exception("inference of %d rows of %s failed", len(rows), model.name)
             self._fail(rows, InferenceFailed("the model could not be run on this; the server's log has the cause"))
             return
+        finally:
+            self._well, self._busy_until_s = True, 0.0
         self._finish(model, batch, rows, output, start)
 
     async def _wait(self, until_s: float) -> None:
@@ -270,12 +302,9 @@ class Engine:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._happened.wait(), max(0.0, until_s - self.clock()))
 
-    def _infer(self, model: ServedModel, batch: Batch, rows: Sequence[_Row]) -> asyncio.Future[Output]:
-        """Run a batch in the inference thread; once more, if the thread dies of something else meanwhile."""
-        assert self._worker is not None
-        worker, segment = self._worker, batch.segment
-        self.metrics.batch_rows.labels(model.name).observe(len(rows))
-        self.metrics.block_rows.labels(model.name).inc(len(rows) * len(segment.nodes))
+    def _job(self, model: ServedModel, batch: Batch, rows: Sequence[_Row]) -> Callable[[], Output]:
+        """What the inference thread does for a batch."""
+        segment = batch.segment
 
         def job() -> Output:
             source = np.stack([row.x if segment.embed else cast(Rows, row.state) for row in rows])
@@ -283,18 +312,7 @@ class Engine:
                 segment.nodes, source, embed=segment.embed, predict=batch.predict, keep_state=batch.keep_state
             )
 
-        async def again() -> Output:
-            try:
-                return await first
-            except WorkerDied:
-                self._well = False
-                self.metrics.worker_deaths.inc()
-                output = await worker.run(job)
-                self._well = True
-                return output
-
-        first = worker.run(job)
-        return asyncio.ensure_future(again())
+        return job
 
     def _finish(self, model: ServedModel, batch: Batch, rows: Sequence[_Row], output: Output, start: float) -> None:
         """Note the answers that a batch has brought, and tell the policy."""
@@ -350,10 +368,12 @@ class Engine:
     def _deliver(self, row: _Row, stopped_by: StoppedBy) -> None:
         """A row has its final answer."""
         assert row.latest is not None
+        ticket = row.ticket
+        if ticket is not None and ticket.done.done():
+            return
         if row.audited or row.audit is not None:
             self._audit(row, stopped_by)
-        ticket = row.ticket
-        if ticket is None or ticket.done.done():
+        if ticket is None:
             return
         answer = replace(row.latest, stopped_by=stopped_by)
         ticket.answers[row.index] = answer
@@ -373,25 +393,28 @@ class Engine:
     def _audit(self, row: _Row, stopped_by: StoppedBy) -> None:
         """Take a row that is to be audited, or an audit's own, one step further."""
         assert row.latest is not None
-        audit, drift = row.audit, self._drift.get(row.model)
+        model, audit, label = row.model, row.audit, row.latest.label
         epsilon = row.wish.risk if audit is None else audit.epsilon
-        if drift is None or epsilon is None:
+        assert epsilon is not None
+        if model in self._retiring:
             return
-        label = row.latest.label
+        drift, reference = self._drift[model], model.manifest.reference
         if audit is not None and audit.early is not None:
             drift.observe(epsilon, differs=label != audit.early)
             return
-        if stopped_by == "complete":  # nothing was left early
+        if row.latest.path == reference:  # nothing was left early
             drift.observe(epsilon, differs=False)
             return
-        patient = replace(row.wish, deadline_s=None, strict=False, patience_s=AUDIT_PATIENCE_S)
+        patient = replace(row.wish, deadline_s=None, strict=False, priority=0, patience_s=AUDIT_PATIENCE_S)
         if stopped_by == "risk":
-            patient = replace(patient, path=row.model.manifest.reference, exit_at=None, asked_as="path")
+            patient = replace(patient, path=reference, exit_at=None, asked_as="path")
         follow = _Audit(epsilon, label if stopped_by == "risk" else None)
-        now = self.clock()
-        another = _Row(patient, now, next(self._order), model=row.model, x=row.x, audit=follow)
-        self._scheduler.policies[row.model].arrive(another, now)
-        self._happened.set()
+        self._audits.append(_Row(patient, self.clock(), next(self._order), model=model, x=row.x, audit=follow))
+
+    def _begin_audit(self, now: float) -> None:
+        """Hand the oldest audit to its policy: nobody else needs the device, or it has waited long enough."""
+        row = self._audits.popleft()
+        self._scheduler.policies[row.model].arrive(row, now)
 
     def _fail(self, rows: Iterable[_Row], error: ServiceError) -> None:
         """Refuse the requests of these rows."""
@@ -405,22 +428,26 @@ class Engine:
 
     def _leave(self, ticket: _Ticket) -> None:
         """Take all rows of a request out of the policy."""
-        policy = self._scheduler.policies[ticket.model]
+        policy = self._scheduler.policies.get(ticket.model)
+        if policy is None:  # forgotten, after its answer and before its client's departure was known
+            return
         for row in ticket.rows:
             policy.leave(row)
 
     def _fail_all(self, error: ServiceError) -> None:
         """Refuse whatever is in flight, and start from nothing: a policy that failed is not trusted with its state."""
-        for model, policy in list(self._scheduler.policies.items()):
-            self._fail(cast(list[_Row], policy.rows()), error)
+        for ticket in self._tickets:
+            if not ticket.done.done():
+                ticket.done.set_exception(error)
+        for model in list(self._scheduler.policies):
             self.add(model)
         self._untold.clear()
-        self._happened.clear()
 
-    def _forget_retired(self) -> None:
-        for model in [model for model in self._retiring if not self._scheduler.policies[model].waiting()]:
+    def _forget_retired(self, running: ServedModel | None) -> None:
+        policies = self._scheduler.policies
+        for model in [each for each in self._retiring if each is not running and not policies[each].waiting()]:
             self._retiring.discard(model)
-            del self._scheduler.policies[model], self._drift[model]
+            del policies[model], self._drift[model]
 
 
 def _probabilities(model: ServedModel, paths: Sequence[Path], logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -8,26 +8,29 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from family.tree import format_path
-from service.call import open_call
+from service.call import Call, open_call
 from service.context import Context, Ctx, errors, milliseconds
 from service.drift import DriftWatch
-from service.errors import NotReady
+from service.errors import InvalidInput, NotReady
+from service.media import JSON, reading
 from service.policy.state import Step
 from service.repository import ServedModel
 from service.schemas import AuditedLevel, Audits, Plan, PlannedAnswer, PlanQuery
 
-router = APIRouter(redirect_slashes=False)
+router = APIRouter(redirect_slashes=False, route_class=reading(JSON, unnamed=True))
 
 
 @router.get("/v1/models/{model}/plan", tags=["models"], responses=errors(404, 422, 429, 500, 503))
 async def plan(model: str, wishes: Annotated[PlanQuery, Query()], request: Request, ctx: Ctx) -> Plan:
     """What a request with these wishes would get now, by the live profile and what waits, and why."""
     served = ctx.repository.get(model)
+    if wishes.rows > ctx.settings.max_request_rows:
+        raise InvalidInput(f"rows: expected at most {ctx.settings.max_request_rows}, got {wishes.rows}")
     arrived_s: float = request.state.arrived_s
     call = open_call(ctx, served, wishes.as_wishes(), wishes.rows, arrived_s)
     now_s = time.monotonic()
     steps = ctx.engine.foresee(served, call.wish, wishes.rows)
-    accuracies = served.manifest.accuracies
+    accuracies = served.accuracies
     answers = [
         PlannedAnswer(
             path=format_path(step.path),
@@ -46,26 +49,23 @@ async def plan(model: str, wishes: Annotated[PlanQuery, Query()], request: Reque
         depth=answers[-1].depth,
         expected_ms=answers[-1].expected_ms,
         feasible=feasible,
-        reason=_reason(served, steps, feasible, wishes),
+        reason=_reason(call, steps, feasible),
         answers=answers,
     )
 
 
-def _reason(served: ServedModel, steps: tuple[Step, ...], feasible: bool, wishes: PlanQuery) -> str:
-    last = steps[-1].path
+def _reason(call: Call, steps: tuple[Step, ...], feasible: bool) -> str:
+    wish, climb = call.wish, call.served.climb
     if not feasible:
         return "not even the first answer is expected within the budget" + (
-            ": the request would be refused"
-            if wishes.strict
-            else ": it would come late, or the request expire in the queue"
+            ": the request would be refused" if wish.strict else ": it would come late, or the request expire in the queue"
         )
-    if wishes.depth is not None or wishes.path is not None:
+    if wish.path is not None:
         return "the path that was asked for"
-    climbs = wishes.min_confidence is not None or wishes.max_risk is not None
-    until = ", unless an answer before it is confident enough" if climbs else ""
-    if last == served.manifest.reference:
+    until = ", unless an answer before it is confident enough" if wish.exit_at is not None else ""
+    if steps[-1].path == climb[-1]:
         return "the reference path: nothing deeper is better" + until
-    if wishes.latency_budget_ms is not None and len(steps) < len(served.manifest.climb):
+    if call.budget_ms is not None and len(steps) < len(climb):
         return "the next answer is not expected within the budget, or not worth the time under the present load" + until
     return "what the policy chooses under the present load" + until
 
@@ -77,7 +77,7 @@ async def audits(model: str, ctx: Ctx) -> Audits:
     return _audits(served, _drift(ctx, served))
 
 
-@router.post("/v1/models/{model}/audits/reset", tags=["models"], responses=errors(404, 422, 500, 503))
+@router.post("/v1/models/{model}/audits/reset", tags=["models"], responses=errors(404, 415, 422, 500, 503))
 async def reset_audits(model: str, ctx: Ctx) -> Audits:
     """Trust the certificate again: forget all audits, and let levels exit early whose alarm was raised."""
     served = ctx.repository.get(model)

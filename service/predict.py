@@ -17,7 +17,7 @@ from service.call import Call, count_answered, count_failed, open_call, trace
 from service.context import Context, Ctx, errors, milliseconds
 from service.errors import ClientGone, InvalidInput, ServiceError
 from service.inputs import Decoder, takes_long
-from service.media import JSON, RAW_BODY, reading
+from service.media import JSON, OCTETS, RAW_BODY, reading
 from service.policy.wish import Wish
 from service.presence import while_connected
 from service.runtime import Rows
@@ -25,7 +25,8 @@ from service.schemas import PredictRequest, PredictResponse, Risk, StreamAnswer,
 from service.streaming import EventStream, MostConfident, answer_events
 from service.wishes import HEADER_PARAMETERS, QUERY_PARAMETERS, with_headers
 
-router = APIRouter(redirect_slashes=False, route_class=reading(JSON))
+router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS))  # the latter come to `service.raw` first
+stream_router = APIRouter(redirect_slashes=False, route_class=reading(JSON))
 
 
 async def _prepare(model: str, body: PredictRequest, request: Request, ctx: Context, *, climb: bool) -> tuple[Call, Rows]:
@@ -79,7 +80,7 @@ async def answer_call(request: Request, ctx: Context, call: Call, x: Rows, *, pr
     return Response(to_json(content), media_type="application/json")
 
 
-@router.post(
+@stream_router.post(
     "/v1/models/{model}/predict/stream",
     tags=["predict"],
     response_class=StreamingResponse,  # FastAPI's own kind wants a generator, which cannot choose the status
@@ -124,13 +125,15 @@ async def predict_stream(model: str, body: StreamRequest, request: Request, ctx:
 
     def on_error(error: ServiceError) -> None:
         count_failed(ctx.metrics, call)
+        trace(ctx, request, call, (), error.status)
         ctx.metrics.refusals.labels(error.code).inc()
 
     events = answer_events(work, on_answer, on_end, on_error)
     try:
         first = await while_connected(request, anext(events))
-    except ServiceError:
+    except ServiceError as error:
         count_failed(ctx.metrics, call)
+        trace(ctx, request, call, (), error.status)
         raise
     return EventStream(first, events, on_gone=lambda: on_error(ClientGone("")))
 

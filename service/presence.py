@@ -34,9 +34,8 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
     try:
         return await work
     except asyncio.CancelledError:
-        if not gone:
+        if not gone or waiting.uncancel():  # cancelled by somebody else, too
             raise
-        waiting.uncancel()
         raise ClientGone("the client closed the connection before its answer was there") from None
     finally:
         watcher.cancel()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
-from starlette.routing import Match
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from family.manifest import Manifest
 from service.call import open_call
-from service.context import Ctx
+from service.context import context_of
 from service.errors import InvalidInput
 from service.inputs import check_rows
 from service.media import OCTETS
@@ -19,28 +19,30 @@ from service.runtime import Rows
 from service.wishes import with_headers, with_query
 
 
-class _OctetsRoute(APIRoute):
-    """Leaves requests with other content types to the routes after it."""
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        for name, value in scope.get("headers", ()):
-            if name == b"content-type" and value.partition(b";")[0].strip().lower() == OCTETS.encode():
-                return super().matches(scope)
-        return Match.NONE, {}
-
-
-router = APIRouter(redirect_slashes=False, route_class=_OctetsRoute)
-
-
-@router.post("/v1/models/{model}/predict", include_in_schema=False)
-async def predict_raw(model: str, request: Request, ctx: Ctx) -> Response:
-    """As `service.predict.predict`, for a raw body."""
-    served = ctx.repository.get(model)
+async def predict_raw(request: Request) -> Response:
+    """As `service.predict.predict`, for a raw body. It does without FastAPI's dependencies, which take as long as all
+    else together."""
+    ctx = context_of(request)
+    served = ctx.repository.get(request.path_params["model"])
     wishes = with_headers(with_query(request.scope["query_string"]), request.scope["headers"])
     body = await request.body()
     x = _read(body, served.manifest, ctx.settings.max_request_rows)
     call = open_call(ctx, served, wishes, len(x), request.state.arrived_s)
     return await answer_call(request, ctx, call, x, probabilities=wishes.probabilities)
+
+
+class RawRoute(Route):
+    """Takes raw bodies to the URL of JSON bodies; requests with other content types are left to the routes after it."""
+
+    def __init__(self) -> None:
+        super().__init__("/v1/models/{model}/predict", predict_raw, methods=["POST"], include_in_schema=False)
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """See Starlette."""
+        for name, value in scope.get("headers", ()):
+            if name == b"content-type" and value.partition(b";")[0].strip().lower() == OCTETS.encode():
+                return super().matches(scope)
+        return Match.NONE, {}
 
 
 def _read(body: bytes, manifest: Manifest, max_rows: int) -> Rows:

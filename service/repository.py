@@ -11,11 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
-from family.choice import pareto_front
+from family.choice import climb, pareto_front
 from family.manifest import MANIFEST_FILE, BundleError, Manifest, check_files, load_manifest, sha256_of
 from family.tree import Path
 from service.errors import UnknownModel
-from service.profile import LatencyProfile, Segment, measure_parts, warm_up_profile
+from service.policy import make_policy
+from service.policy.state import Offer
+from service.profile import LatencyProfile, Parts, Segment, measure_parts, warm_up_profile
 from service.profile_cache import Circumstances, ProfileCache, processor_name
 from service.runtime import Output, Rows, Runtime
 from service.settings import ModelSettings, Settings
@@ -44,7 +46,11 @@ class Runner(Protocol):
 
 @dataclass(slots=True, eq=False)
 class ServedModel:
-    """One loaded version of a model. `profile` is there once it is warm; `digest` is the SHA-256 of its manifest."""
+    """One loaded version of a model. `profile` is there once it is warm; `digest` is the SHA-256 of its manifest.
+
+    Raises:
+        BundleError: its settings ask for a depth or a path that it does not offer.
+    """
 
     name: str
     version: int
@@ -63,12 +69,30 @@ class ServedModel:
                 f"model {self.name}: expected min_depth to be at most {deepest}, the deepest offered path, "
                 f"got {self.settings.min_depth}"
             )
+        nothing = Parts(batches=(1,), call=(0,), embed=(0,), head=(0,), nodes=dict.fromkeys(self.manifest.tree.nodes, (0,)))
+        try:  # now rather than when it is warm
+            make_policy(self.settings.policy, self.offer(LatencyProfile(nothing), 0))
+        except ValueError as exc:
+            raise BundleError(f"model {self.name}: policy {exc}") from exc
+
+    @property
+    def accuracies(self) -> dict[Path, float]:
+        """On validation data, of the paths that are served: those of at least the depth that is set."""
+        return {path: acc for path, acc in self.manifest.accuracies.items() if len(path) >= self.settings.min_depth}
 
     @property
     def front(self) -> tuple[Path, ...]:
-        """The paths worth running whole, of at least the depth that is set."""
-        accuracies = {p: a for p, a in self.manifest.accuracies.items() if len(p) >= self.settings.min_depth}
-        return pareto_front(self.manifest.tree, accuracies)
+        """The served paths worth running whole."""
+        return pareto_front(self.manifest.tree, self.accuracies)
+
+    @property
+    def climb(self) -> tuple[Path, ...]:
+        """Where rows are answered that go deeper; it ends at the best of the served paths."""
+        return climb(self.manifest.tree, self.accuracies)
+
+    def offer(self, profile: LatencyProfile, reserve_s: float) -> Offer:
+        """What its policy knows of it."""
+        return Offer.of(self.manifest, profile, reserve_s, self.settings.min_depth)
 
     def warm_up(self, max_batch: int, clock: Callable[[], float], stop: Callable[[], bool]) -> None:
         """Know how long everything takes, by `clock`: from the cache if it was measured in the same circumstances.
@@ -87,7 +111,7 @@ class ServedModel:
             self.digest, processor_name(), self.runner.name, self.runner.providers, self.threads, max_batch
         )
         parts = self.cache.load(circumstances) if self.cache is not None else None
-        if parts is None or set(parts.nodes) != set(self.manifest.tree.nodes):
+        if parts is None or set(parts.nodes) != set(self.manifest.tree.nodes) or parts.batches[-1] != max_batch:
             parts = measure_parts(run, self.manifest.tree.nodes, max_batch, clock, stop)
             if parts is None:
                 return
@@ -132,22 +156,25 @@ class Repository:
                 f"no model {name[:80]!r} is served here: expected one of {', '.join(served)}", models=served
             ) from None
 
+    def newest(self) -> dict[str, int]:
+        """The highest version of every model in the folder.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        if self._root is None:
+            return {}
+        folders = [each for each in sorted(self._root.iterdir()) if each.is_dir() and _MODEL_NAME.fullmatch(each.name)]
+        return {folder.name: max(versions) for folder in folders if (versions := _versions(folder))}
+
     def newer(self) -> list[tuple[str, int]]:
         """Models and versions in the folder that are higher than what is served, new models included.
 
         Raises:
             OSError: the folder cannot be read.
         """
-        if self._root is None:
-            return []
-        found = []
-        for folder in sorted(self._root.iterdir()):
-            if folder.is_dir() and _MODEL_NAME.fullmatch(folder.name):
-                version = max(_versions(folder), default=0)
-                served = self.models.get(folder.name)
-                if version > (served.version if served is not None else 0):
-                    found.append((folder.name, version))
-        return found
+        served = {name: model.version for name, model in self.models.items()}
+        return [(name, version) for name, version in self.newest().items() if version > served.get(name, 0)]
 
     def load(self, name: str, version: int) -> ServedModel:
         """Open a version, without serving it yet.

@@ -10,7 +10,7 @@ from family.tree import format_path
 from service.context import Ctx, errors, milliseconds
 from service.profile import Segment
 from service.repository import ServedModel
-from service.schemas import Live, ModelDetail, ModelList, ModelSummary, PathSummary, Ready
+from service.schemas import Live, ModelDetail, ModelList, ModelSummary, PathSummary, Readiness
 
 router = APIRouter(redirect_slashes=False)
 
@@ -26,7 +26,10 @@ async def describe_model(model: str, ctx: Ctx) -> ModelDetail:
     """What a model offers: every path with its accuracy and its latency here."""
     served = ctx.repository.get(model)
     manifest = served.manifest
-    best, front = set(manifest.best_by_depth.values()), set(manifest.front)
+    served_paths = served.accuracies
+    best, front = set(manifest.best_by_depth.values()), set(served.front)
+    climb = served.climb
+    certified = manifest.certificate is not None and manifest.climb[0] in served_paths
     paths = [
         PathSummary(
             path=entry.path,
@@ -41,15 +44,16 @@ async def describe_model(model: str, ctx: Ctx) -> ModelDetail:
             best_of_depth=path in best,
         )
         for path, entry in manifest.offered.items()
+        if path in served_paths
     ]
     return ModelDetail(
         **_summary(served).model_dump(),
         hierarchy_depth=manifest.hierarchy_depth,
         input_shape=list(manifest.input.shape[1:]),
         labels=list(manifest.labels),
-        reference=format_path(manifest.reference),
-        climb=[format_path(path) for path in manifest.climb],
-        risk_levels=[level.epsilon for level in manifest.certificate.levels] if manifest.certificate else [],
+        reference=format_path(climb[-1]),
+        climb=[format_path(path) for path in climb],
+        risk_levels=[level.epsilon for level in manifest.certificate.levels] if certified and manifest.certificate else [],
         paths=paths,
     )
 
@@ -61,7 +65,10 @@ async def live() -> Live:
 
 
 @router.get(
-    "/health/ready", tags=["health"], response_model=Ready, responses={503: {"model": Ready, "description": "Not ready"}}
+    "/health/ready",
+    tags=["health"],
+    response_model=Readiness,
+    responses={503: {"model": Readiness, "description": "Not ready"}},
 )
 async def ready(ctx: Ctx) -> Response:
     """200 once every model is loaded and warm, 503 until then and while shutting down."""

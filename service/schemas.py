@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -45,7 +45,22 @@ class _Inputs(_Schema):
     inputs: list[Row] = Field(min_length=1, description="one entry per row")
 
 
-class Wishes(_Schema):
+class _OneWish(_Schema):
+    """At most one of the wishes about depth."""
+
+    @model_validator(mode="after")
+    def _one_wish(self) -> Self:
+        if len(self.wishes) > 1:
+            raise ValueError(f"give only one of depth, path, min_confidence and max_risk, got {' and '.join(self.wishes)}")
+        return self
+
+    @property
+    def wishes(self) -> list[str]:
+        """The names of the wishes about depth that are given; at most one, once validated."""
+        return [name for name in ABOUT_DEPTH if getattr(self, name) is not None]
+
+
+class Wishes(_OneWish):
     """What a request wishes for: at most one kind of wish about depth, and a budget."""
 
     depth: Annotated[int, Field(ge=1, strict=True)] | Literal["best", "full"] | None = Field(
@@ -74,17 +89,6 @@ class Wishes(_Schema):
         "with at most this probability",
     )
     strict: bool = Field(False, strict=True, description="refuse with 504 at once rather than answer late")
-
-    @model_validator(mode="after")
-    def _one_wish(self) -> Wishes:
-        if len(self.wishes) > 1:
-            raise ValueError(f"give only one of depth, path, min_confidence and max_risk, got {' and '.join(self.wishes)}")
-        return self
-
-    @property
-    def wishes(self) -> list[str]:
-        """The names of the wishes about depth that are given; at most one, once validated."""
-        return [name for name in ABOUT_DEPTH if getattr(self, name) is not None]
 
 
 class PredictRequest(Wishes, _Inputs):  # in this order the fields of `_Inputs` come first
@@ -211,10 +215,8 @@ class ModelDetail(ModelSummary):
     paths: list[PathSummary]
 
 
-class PlanQuery(BaseModel):
+class PlanQuery(_OneWish):
     """The wishes of a request that is not sent yet."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rows: int = Field(1, ge=1, le=4096, description="rows of the request")
     depth: Annotated[int, Field(ge=1)] | Literal["best", "full"] | None = None
@@ -281,6 +283,11 @@ class Ready(_Schema):
     """Whether every model is loaded and warm."""
 
     ready: bool
+
+
+class Readiness(Ready):
+    """The same, and what an operator has to know."""
+
     drift_alarms: dict[str, list[float]] = Field(
         default_factory=dict, description="certified levels that audits have refuted, by model; they no longer exit early"
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.policy import DEFAULT_POLICY, check_policy_name
@@ -21,8 +22,12 @@ def spare_cores() -> int:
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder by the XDG specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hbll"
+    """The user's cache folder by the XDG specification; for a user without a home the one for temporary files."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir())
+    return folder / "hbll"
 
 
 class ModelSettings(BaseModel):
@@ -81,11 +86,17 @@ class Settings(BaseSettings, ModelSettings):
         common = {key: getattr(self, key) for key in ModelSettings.model_fields}
         return ModelSettings.model_validate(common | self.per_model.get(name, {}))
 
-    @model_validator(mode="after")
-    def _models_can_be_set(self) -> Settings:
-        for name in self.per_model:
-            self.of_model(name)
-        return self
+    @field_validator("per_model")
+    @classmethod
+    def _can_be_set(cls, per_model: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, settings in per_model.items():
+            try:
+                ModelSettings.model_validate(settings)
+            except ValidationError as exc:
+                first = exc.errors()[0]
+                message = first["msg"].removeprefix("Value error, ")
+                raise ValueError(f"{'.'.join((name, *map(str, first['loc'])))}: {message}") from exc
+        return per_model
 
     @model_validator(mode="after")
     def _is_possible(self) -> Settings:

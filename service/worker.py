@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
+
+_Jobs: TypeAlias = "SimpleQueue[tuple[Callable[[], object], asyncio.Future[Any]] | None]"
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +24,16 @@ class WorkerDied(Exception):
 class Worker:
     """One thread and its jobs. Everything but the jobs happens on the event loop that made it.
 
-    The thread that is left after a death is a new one: `WorkerDied` tells only whose job went with the old.
+    The thread that is left after a death is a new one: `WorkerDied` tells only whose job went with the old. Every death
+    is told to `on_death` first.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, on_death: Callable[[], object] = lambda: None) -> None:
         self._name = name
+        self._on_death = on_death
+        self._stopped = False
         self._loop = asyncio.get_running_loop()
         self._futures: set[asyncio.Future[Any]] = set()
-        self.deaths = 0
         self._start()
 
     def run(self, job: Callable[[], T]) -> asyncio.Future[T]:
@@ -42,35 +46,45 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after the jobs that it has. Waits for it."""
+        self._stopped = True
         self._jobs.put(None)
         self._thread.join()
 
     def _start(self) -> None:
-        self._jobs: SimpleQueue[tuple[Callable[[], object], asyncio.Future[Any]] | None] = SimpleQueue()
+        self._jobs: _Jobs = SimpleQueue()
         self._thread = threading.Thread(target=self._work, args=(self._jobs,), name=self._name, daemon=True)
         self._thread.start()
 
-    def _work(self, jobs: SimpleQueue[tuple[Callable[[], object], asyncio.Future[Any]] | None]) -> None:
+    def _work(self, jobs: _Jobs) -> None:
         asked_to = False
         try:
-            while (item := jobs.get()) is not None:
-                job, future = item
-                try:
-                    result = job()
-                except Exception as exc:  # noqa: BLE001 (whoever awaits the future handles it)
-                    self._loop.call_soon_threadsafe(_settle, future, None, exc)
-                else:
-                    self._loop.call_soon_threadsafe(_settle, future, result, None)
+            while self._work_once(jobs):
+                pass
             asked_to = True
         finally:
             if not asked_to:
                 with suppress(RuntimeError):  # the loop is closed: nobody waits
                     self._loop.call_soon_threadsafe(self._died)
 
+    def _work_once(self, jobs: _Jobs) -> bool:
+        """Do the next job; false if there is to be none. Of its own, so that an idle thread holds on to no job."""
+        item = jobs.get()
+        if item is None:
+            return False
+        job, future = item
+        try:
+            result = job()
+        except Exception as exc:  # noqa: BLE001 (whoever awaits the future handles it)
+            self._loop.call_soon_threadsafe(_settle, future, None, exc)
+        else:
+            self._loop.call_soon_threadsafe(_settle, future, result, None)
+        return True
+
     def _died(self) -> None:
-        self.deaths += 1
-        logger.error("the thread %s died; a new one takes its place", self._name)
-        self._start()
+        self._on_death()
+        if not self._stopped:
+            logger.error("the thread %s died; a new one takes its place", self._name)
+            self._start()
         for future in list(self._futures):
             _settle(future, None, WorkerDied(f"the thread {self._name} died"))
 

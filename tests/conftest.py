@@ -25,6 +25,14 @@ from training.trainer import train
 SMALL_VIT = VitConfig(hierarchy_depth=3, patch=14, width=16, heads=2, hidden=16)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers keep what they measure here, not in the home of who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits() -> Digits:
     return load_digits(shift=4)

@@ -9,7 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from family.manifest import ImageInput, Manifest, Metrics, PathEntry, Provenance, TensorSpec, file_name
+from family.choice import climb
+from family.manifest import (
+    Certificate,
+    ImageInput,
+    Manifest,
+    Metrics,
+    PathEntry,
+    Provenance,
+    RiskLevel,
+    TensorSpec,
+    file_name,
+)
 from family.tree import Path, Tree, format_path
 from service.profile import Parts
 from service.repository import ServedModel
@@ -69,8 +80,10 @@ class FakeRunner:
         return Output(logits if predict else None, state if keep_state else None)
 
 
-def fake_manifest(accuracies: dict[Path, float], hierarchy_depth: int = 3) -> Manifest:
-    """A manifest of paths with these validation accuracies; its files exist nowhere."""
+def fake_manifest(
+    accuracies: dict[Path, float], hierarchy_depth: int = 3, levels: dict[float, float] | None = None
+) -> Manifest:
+    """A manifest of paths with these validation accuracies, and thresholds by certified risk; its files exist nowhere."""
     metrics = {path: Metrics(accuracy=a, loss=1, agreement=1, calibration_error=0) for path, a in accuracies.items()}
     entries = tuple(
         PathEntry(
@@ -84,6 +97,11 @@ def fake_manifest(accuracies: dict[Path, float], hierarchy_depth: int = 3) -> Ma
         )
         for path, metric in metrics.items()
     )
+    certificate = None
+    if levels is not None:
+        sequence = tuple(format_path(path) for path in climb(Tree(hierarchy_depth), accuracies))
+        certified = tuple(RiskLevel(epsilon=epsilon, threshold=threshold) for epsilon, threshold in levels.items())
+        certificate = Certificate(sequence=sequence, delta=0.05, rows=100, levels=certified)
     names = ("weights.bin", "family.onnx", *(entry.file for entry in entries))
     return Manifest(
         format_version="1.0",
@@ -99,6 +117,7 @@ def fake_manifest(accuracies: dict[Path, float], hierarchy_depth: int = 3) -> Ma
             dataset="none", method="none", seed=0, steps=0, block_evaluations=0, git_revision=None, libraries={}
         ),
         files=dict.fromkeys(names, "0" * 64),
+        certificate=certificate,
     )
 
 
@@ -108,11 +127,16 @@ def rising_accuracies(tree: Tree) -> dict[Path, float]:
 
 
 def fake_model(
-    accuracies: dict[Path, float] | None = None, runner: FakeRunner | None = None, **settings: Any
+    accuracies: dict[Path, float] | None = None,
+    runner: FakeRunner | None = None,
+    *,
+    levels: dict[float, float] | None = None,
+    version: int = 1,
+    **settings: Any,
 ) -> ServedModel:
     """A served model behind a fake runner, not warm."""
-    manifest = fake_manifest(accuracies or rising_accuracies(Tree(3)))
-    return ServedModel("fake", 1, manifest, runner or FakeRunner(), ModelSettings(**settings))
+    manifest = fake_manifest(accuracies or rising_accuracies(Tree(3)), levels=levels)
+    return ServedModel("fake", version, manifest, runner or FakeRunner(), ModelSettings(**settings))
 
 
 def fake_parts(nodes: Iterable[int] = range(1, 8), batches: tuple[int, ...] = (1, 8), block_s: float = 0.001) -> Parts:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.answers import Answer
-from service.call import Call, count_answered, count_failed, open_call
+from service.call import Call, count_answered, count_failed, open_call, trace
 from service.context import context_of, errors, milliseconds
 from service.encodings import accepted_coding
 from service.errors import ServiceError
@@ -94,11 +94,13 @@ async def infer(request: Request) -> Response:
     x = read_rows(tensor, binary, manifest)
     try:
         answer = await while_connected(request, ctx.engine.submit(served, x, call.wish, arrived_s))
-    except ServiceError:
+    except ServiceError as error:
         count_failed(ctx.metrics, call)
+        trace(ctx, request, call, (), error.status)
         raise
     total_s = call.total_s
     count_answered(ctx.metrics, call, total_s)
+    trace(ctx, request, call, answer.spans, 200)
     header = _header(call, answer, message.id, total_s)
     coding = accepted_coding(request.headers.get("accept-encoding", ""))
     return write_response(header, wanted, answer.rows, manifest, coding)

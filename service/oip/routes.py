@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from enum import Enum
 from importlib.metadata import version as installed_version
 from typing import Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
+from family.manifest import BundleError
 from service.context import Context, Ctx, errors
 from service.errors import BadRequest, NotReady, NotSupported
 from service.media import JSON, OCTETS, reading
 from service.oip.schemas import (
     IndexEntry,
     IndexRequest,
+    LoadRequest,
     ModelConfig,
     ModelMetadata,
     ModelReady,
@@ -26,6 +29,7 @@ from service.oip.schemas import (
 from service.oip.statistics import statistics_of
 from service.oip.tensors import OUTPUTS
 from service.oip.versions import Served, for_models
+from service.reload import load_version
 from service.repository import ServedModel
 from service.responses import describe
 from service.schemas import Live, Ready
@@ -139,12 +143,36 @@ async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
     return [entry for entry in entries if entry.state == "READY" or not asked.ready]
 
 
-@router.post("/v2/repository/models/{model}/load", tags=_TAGS, responses=errors(404, 413, 415, 422, 500, 501))
+@router.post(
+    "/v2/repository/models/{model}/load",
+    tags=_TAGS,
+    responses=errors(400, 404, 413, 415, 422, 500, 503),
+    openapi_extra={"requestBody": {"content": {JSON: {"schema": LoadRequest.model_json_schema()}}}},
+)
+async def load(model: str, request: Request, ctx: Ctx) -> Response:
+    """Serve the highest version of the model in the repository, now rather than when it is searched next. The body may be
+    empty; what clients could give in it, another configuration or other files, is not taken."""
+    try:
+        LoadRequest.model_validate_json(await request.body() or b"{}")
+    except ValidationError as exc:
+        raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
+    if not ctx.ready:
+        raise NotReady("the server is warming up or shutting down: ask again in a second")
+    try:
+        newest = await asyncio.to_thread(ctx.repository.newest)
+        if model in newest:
+            await load_version(ctx, model, newest[model])
+    except (BundleError, OSError) as exc:
+        raise BadRequest(f"{model} cannot be loaded: {exc}") from exc
+    ctx.repository.get(model)  # or 404
+    return Response()
+
+
 @router.post("/v2/repository/models/{model}/unload", tags=_TAGS, responses=errors(404, 413, 415, 422, 500, 501))
-async def change_repository(model: str, ctx: Ctx) -> None:
-    """Not served: models are loaded when the server starts."""
+async def unload(model: str, ctx: Ctx) -> None:
+    """Not served: a model is replaced by its next version, and else served as long as the server runs."""
     ctx.repository.get(model)
-    raise NotSupported("models are loaded when the server starts, not by requests: expected a restart instead")
+    raise NotSupported("models are not unloaded while the server runs, but replaced by their next version")
 
 
 def _state(ctx: Context, served: ServedModel) -> Literal["READY", "LOADING", "UNAVAILABLE"]:

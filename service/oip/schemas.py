@@ -219,6 +219,12 @@ class IndexRequest(_Object):
     ready: bool = Field(False, strict=True, description="only models that answer")
 
 
+class LoadRequest(_Object):
+    """Nothing can be chosen."""
+
+    parameters: dict[str, Any] = Field({}, max_length=0, description="must be empty")
+
+
 class IndexEntry(_Object):
     """A model of the repository."""
 

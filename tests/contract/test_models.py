@@ -27,7 +27,10 @@ def test_a_model_tells_all_its_paths_with_measured_latency(client: Client, train
 
 def test_health(client: Client) -> None:
     assert (client.get("/health/live").status_code, client.get("/health/live").json()) == (200, {"live": True})
-    assert (client.get("/health/ready").status_code, client.get("/health/ready").json()) == (200, {"ready": True})
+    assert (client.get("/health/ready").status_code, client.get("/health/ready").json()) == (
+        200,
+        {"ready": True, "drift_alarms": {}},
+    )
 
 
 def test_metrics_count_what_was_answered(client: Client) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from service.app import create_app
-from service.policy import Wish, resolve_wish
+from service.policy.wish import Wish, resolve_wish
 from service.repository import Repository
 from service.settings import Settings
 from tests.conftest import Trained
@@ -164,17 +164,29 @@ def test_the_repository_lists_what_is_served(client: Client) -> None:
         assert answer == [{"name": "digits", "version": "1", "state": "READY", "reason": ""}]
 
 
-@pytest.mark.parametrize("action", ["load", "unload"])
-def test_what_the_repository_cannot_do_it_says(client: Client, action: str) -> None:
-    response = client.request("POST", f"/v2/repository/models/digits/{action}", content=b"")
-    assert (response.status_code, response.json()["code"]) == (501, "not_supported")
-    response = client.request("POST", f"/v2/repository/models/cats/{action}", content=b"")
-    assert (response.status_code, response.json()["code"]) == (404, "unknown_model")
+def test_a_model_that_is_served_in_its_newest_version_may_be_loaded_and_nothing_happens(client: Client) -> None:
+    for body in (b"", b"{}", b'{"parameters": {}}'):
+        response = client.request("POST", "/v2/repository/models/digits/load", content=body)
+        assert (response.status_code, response.content) == (200, b"")
+    assert client.get("/v1/models/digits").json()["version"] == 1
+
+
+def test_what_the_repository_cannot_do_it_says(client: Client) -> None:
+    for action, body, status, code in (
+        ("digits/unload", b"", 501, "not_supported"),
+        ("cats/unload", b"", 404, "unknown_model"),
+        ("cats/load", b"", 404, "unknown_model"),
+        ("..%2fdigits/load", b"", 404, "not_found"),
+        ("digits/load", b'{"parameters": {"config": "{}"}}', 400, "bad_request"),
+        ("digits/load", b"{", 400, "bad_request"),
+    ):
+        response = client.request("POST", f"/v2/repository/models/{action}", content=body)
+        assert (response.status_code, response.json()["code"]) == (status, code), action
 
 
 def test_a_server_that_warms_up_is_live_not_ready_and_says_when_to_ask_again() -> None:
     async def ask() -> list[httpx.Response]:
-        app = create_app(Settings(), Repository({"fake": fake_model()}))  # whose life has not begun
+        app = create_app(Settings(), Repository([fake_model()]))  # whose life has not begun
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             tensor = {"name": "x", "shape": [1, 2, 2], "datatype": "FP32", "data": [0, 0, 0, 0]}

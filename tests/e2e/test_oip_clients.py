@@ -73,8 +73,9 @@ def test_the_server_is_found_and_told(client: triton.InferenceServerClient) -> N
     assert client.get_model_metadata("digits", "1")["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 28, 28]}]
     assert client.get_model_config("digits")["max_batch_size"] == 256
     assert client.get_model_repository_index() == [{"name": "digits", "version": "1", "state": "READY", "reason": ""}]
-    with pytest.raises(InferenceServerException, match="models are loaded when the server starts"):
-        client.load_model("digits")
+    client.load_model("digits")
+    with pytest.raises(InferenceServerException, match="models are not unloaded while the server runs"):
+        client.unload_model("digits")
 
 
 @pytest.mark.parametrize("binary_out", [True, False])

@@ -99,7 +99,7 @@ class HeldServer:
 
     def __init__(self) -> None:
         self.runner = FakeRunner()
-        app = create_app(Settings(), Repository({"fake": fake_model(runner=self.runner)}))
+        app = create_app(Settings(), Repository([fake_model(runner=self.runner)]))
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()

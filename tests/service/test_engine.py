@@ -1,72 +1,21 @@
-"""The engine behind a fake runner and a fake clock. No sleeps: tests hold the runner back and let it go."""
+"""What the engine does with requests: see `tests.service.bench`."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from service.answers import Answer
-from service.engine import Engine
 from service.errors import DeadlineExpired, DeadlineInfeasible, InferenceFailed, NotReady, QueueFull
-from service.metrics import Metrics
 from service.policy.wish import Wish
 from service.predict import _prediction
 from service.profile import LatencyProfile
-from service.repository import ServedModel
-from tests.fakes import FakeClock, FakeRunner, fake_manifest, fake_model, fake_parts, rows
-
-
-class Bench:
-    """An engine that runs, with everything a test looks at."""
-
-    def __init__(self, accuracies: dict[tuple[int, ...], float] | None, block_s: float, **limits: int) -> None:
-        self.clock = FakeClock()
-        self.runner = FakeRunner(self.clock, block_s)
-        self.model: ServedModel = fake_model(accuracies, self.runner)
-        self.metrics = Metrics()
-        settings = {"max_batch": 8, "max_queue_rows": 32, **limits}
-        self.engine = Engine(self.metrics, reserve_s=0, clock=self.clock, **settings)
-
-    def ask(self, *confidences: float, budget_s: float | None = None, **wish: object) -> asyncio.Task[Answer]:
-        now = self.clock()
-        deadline_s = None if budget_s is None else now + budget_s
-        request = Wish(deadline_s=deadline_s, **wish)  # type: ignore[arg-type]
-        return asyncio.create_task(self.engine.submit(self.model, rows(*confidences), request, now))
-
-    async def held(self, start: Callable[[], Awaitable[object]]) -> None:
-        """Hold the runner back with one row in it, so that what `start` asks waits in the queue."""
-        self.runner.go.clear()
-        self.runner.began.clear()
-        first = self.ask(0.5, path=(4,))
-        await asyncio.to_thread(self.runner.began.wait, 30)
-        self.runner.runs.clear()
-        await start()
-        await asyncio.sleep(0)  # lets the new tasks enter the queue
-        self.runner.go.set()
-        await first
-
-
-@asynccontextmanager
-async def bench(
-    accuracies: dict[tuple[int, ...], float] | None = None, block_s: float = 0.001, **limits: int
-) -> AsyncIterator[Bench]:
-    b = Bench(accuracies, block_s, **limits)
-    await b.engine.start([b.model])
-    b.runner.runs.clear()
-    try:
-        yield b
-    finally:
-        b.runner.go.set()
-        await b.engine.stop()
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), timeout=60))  # type: ignore[arg-type]
+from tests.fakes import fake_manifest, fake_model, fake_parts, rows
+from tests.service.bench import Bench, bench, run
 
 
 def test_without_a_wish_the_reference_path_runs() -> None:
@@ -446,13 +395,7 @@ def test_every_row_is_counted_once() -> None:
     async def test() -> None:
         async with bench() as b:
             await asyncio.gather(*(b.ask(0.1 * n, 0.5, exit_at=0.7, asked_as="confidence") for n in range(1, 9)))
-            counted = sum(
-                sample.value
-                for metric in b.metrics.registry.collect()
-                for sample in metric.samples
-                if sample.name == "hbll_answers_total"
-            )
-            assert counted == 16
+            assert b.metric("hbll_answers_total") == 16
 
     run(test)
 
@@ -463,5 +406,206 @@ def test_offered_paths_without_a_ladder_can_be_climbed() -> None:
         async with bench(manifest.accuracies) as b:
             answer = await b.ask(0.1, exit_at=0.99, asked_as="confidence")
             assert answer.rows[0].path == (1, 2, 4)
+
+    run(test)
+
+
+def test_a_row_that_expires_fails_its_whole_request_and_the_others_cost_nothing_more() -> None:
+    """The first of the two rows has an answer when the second, which no batch had room for, expires."""
+
+    async def test() -> None:
+        async with bench(max_batch=1) as b:
+            tasks: list[asyncio.Task[Answer]] = []
+
+            def before(nodes: tuple[int, ...]) -> None:
+                if b.runner.runs:
+                    b.clock.now_s += 1
+
+            async def start() -> None:
+                tasks.append(b.ask(0.1, 0.2, exit_at=0.99, asked_as="confidence", budget_s=0.5))
+                b.runner.before = before
+
+            await b.held(start)
+            with pytest.raises(DeadlineExpired):
+                await tasks[0]
+            b.runner.before = lambda _: None
+            ran = len(b.runner.runs)
+            assert ran <= 3  # the one before; the first row's first answer; what had begun when the second expired
+            await b.ask(0.3, path=(4,))
+            assert b.runner.runs[ran:] == [((4,), 1, True)]
+            assert b.engine._tickets == set()
+
+    run(test)
+
+
+def test_rows_of_a_request_may_end_at_different_times_for_different_reasons() -> None:
+    async def test() -> None:
+        async with bench(levels={0.05: 0.945}, audit_rate=0) as b:
+            answer = await b.ask(0.85, 0.1, 0.75, exit_at=0.945, asked_as="risk", risk=0.05, budget_s=0.0045)
+            assert [(len(row.path), row.stopped_by) for row in answer.rows] == [(1, "risk"), (3, "budget"), (2, "risk")]
+
+    run(test)
+
+
+# Death of the inference thread
+
+
+def dies(times: int) -> Callable[[tuple[int, ...]], None]:
+    """What a runner does before it runs: end its thread, so many times."""
+    left = [times]
+
+    def before(_: tuple[int, ...]) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise SystemExit
+
+    return before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_batch_whose_thread_dies_runs_once_more_and_nobody_notices() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            tasks: list[asyncio.Task[Answer]] = []
+            unready: list[bool] = []
+            die = dies(1)
+
+            def before(nodes: tuple[int, ...]) -> None:
+                unready.append(b.engine.ready)
+                die(nodes)
+
+            async def start() -> None:
+                tasks.extend(b.ask(0.02 * n, exit_at=0.99, asked_as="confidence") for n in range(8))
+                b.runner.before = before
+
+            await b.held(start)
+            answers = await asyncio.gather(*tasks)
+            assert [row.path for answer in answers for row in answer.rows] == [(1, 2, 3, 4, 5, 6, 7)] * 8
+            assert unready[:3] == [True, False, True]
+            assert b.engine.ready
+            assert b.metric("hbll_worker_deaths_total") == 1
+
+    run(test)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_batch_that_kills_the_thread_twice_fails_and_the_engine_lives_on() -> None:
+    """The engine once stayed unready for ever."""
+
+    async def test() -> None:
+        async with bench() as b:
+            b.runner.before = dies(2)
+            with pytest.raises(InferenceFailed):
+                await b.ask(0.1)
+            assert b.engine.ready
+            assert (await b.ask(0.1)).rows
+            assert b.metric("hbll_worker_deaths_total") == 2
+
+    run(test)
+
+
+def test_an_error_after_a_batch_loses_none_of_its_requests(caplog: pytest.LogCaptureFixture) -> None:
+    """Rows that ran were in no queue, and were once forgotten: their clients waited for ever."""
+
+    async def test() -> None:
+        async with bench() as b:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("service.profile.LatencyProfile.observe", lambda *_: 1 / 0)
+                with pytest.raises(InferenceFailed):
+                    await b.ask(0.1)
+            assert (await b.ask(0.1)).rows
+            assert b.engine.ready
+
+    run(test)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_an_error_while_stopping_does_not_keep_the_engine_from_its_end() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.runner.go.clear()
+            b.runner.began.clear()
+            running = b.ask(0.1)
+            await asyncio.to_thread(b.runner.began.wait, 30)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("service.profile.LatencyProfile.observe", lambda *_: 1 / 0)
+                stopping = asyncio.create_task(b.engine.stop())
+                await asyncio.sleep(0)
+                b.runner.go.set()
+                await stopping
+            with pytest.raises(InferenceFailed):
+                await running
+
+    run(test)
+
+
+# Replacement
+
+
+def test_a_replaced_model_answers_who_waits_and_is_then_forgotten() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            tasks: list[asyncio.Task[Answer]] = []
+            new = fake_model(runner=b.runner, version=2)
+            await asyncio.to_thread(new.warm_up, 8, b.clock, lambda: False)
+
+            async def start() -> None:
+                tasks.append(b.ask(0.1, exit_at=0.99, asked_as="confidence"))
+                await asyncio.sleep(0)
+                b.engine.add(new)
+                b.engine.retire(b.model)
+
+            await b.held(start)
+            assert (await tasks[0]).rows[0].stopped_by == "complete"
+            assert (await b.engine.submit(new, rows(0.1), Wish(), b.clock())).rows
+            assert b.engine.drift(b.model) is None
+            # a request that was being read meanwhile
+            assert (await b.ask(0.1)).rows
+            assert b.engine.foresee(b.model, Wish(), 1)[-1].path == (1, 2, 3, 4, 5, 6, 7)
+            assert (await b.engine.submit(new, rows(0.1), Wish(), b.clock())).rows
+            assert b.engine.drift(b.model) is None
+
+    run(test)
+
+
+def test_a_replaced_model_is_forgotten_even_if_the_server_never_idles() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            new = fake_model(runner=b.runner, version=2)
+            await asyncio.to_thread(new.warm_up, 8, b.clock, lambda: False)
+            b.engine.add(new)
+            busy = True
+
+            async def ask() -> None:
+                while busy:
+                    await b.engine.submit(new, rows(0.1), Wish(path=(4,)), b.clock())
+
+            asking = [asyncio.create_task(ask()) for _ in range(3)]
+            b.engine.retire(b.model)
+            while b.engine.drift(b.model) is not None:
+                await asyncio.sleep(0)
+            busy = False
+            await asyncio.gather(*asking)
+
+    run(test)
+
+
+# Traces
+
+
+def test_a_traced_request_has_a_queue_and_its_segments_as_parts() -> None:
+    async def test() -> None:
+        async with bench(trace=True) as b:
+            answer = await b.ask(0.1, 0.65, exit_at=0.945, asked_as="confidence")
+            assert [span.name for span in answer.spans] == ["queue", *["segment"] * 4]
+            assert [span.attributes for span in answer.spans[1:]] == [
+                {"hbll.nodes": "4", "hbll.rows": 2},
+                {"hbll.nodes": "6", "hbll.rows": 2},
+                {"hbll.nodes": "7", "hbll.rows": 2},
+                {"hbll.nodes": "1-2-3-4-5-6-7", "hbll.rows": 1},
+            ]
+            assert sum(span.end_s - span.start_s for span in answer.spans[1:]) == pytest.approx(answer.compute_s)
+        async with bench() as b:
+            assert (await b.ask(0.1)).spans == ()
 
     run(test)
