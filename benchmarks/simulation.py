@@ -140,29 +140,26 @@ def simulate(
     received = (arrivals_s + hardware.receive_s).tolist()
 
     def settle(server: _Server, index: int, now: float) -> None:
-        """Ask the policy until the device is busy or nothing is left to do."""
+        """Ask the policy what to do, now that the device is free."""
         nonlocal number
-        while True:
-            decision = server.policy.decide(now)
-            for row, _ in decision.done:
-                assert isinstance(row, _Request)
-                assert row.answered is not None
-                depth[row.order] = len(row.answered)
-                right[row.order] = outcomes.right[row.answered][row.image]
-                latency[row.order] = now + hardware.send_s - sent[row.order]
-            counts["answered"] += len(decision.done)
-            counts["expired"] += len(decision.expired)
-            counts["refused"] += len(decision.refused)
-            if decision.batch is not None:
-                break
-            wake = server.policy.wake_s()
-            if wake > now:
-                if wake < math.inf and wake != server.wake_s:
-                    server.wake_s = wake
-                    number += 1
-                    heapq.heappush(events, (math.nextafter(wake, math.inf), number, index))
-                return
+        decision = server.policy.decide(now)
+        for row, _ in decision.done:
+            assert isinstance(row, _Request)
+            assert row.answered is not None
+            depth[row.order] = len(row.answered)
+            right[row.order] = outcomes.right[row.answered][row.image]
+            latency[row.order] = now + hardware.send_s - sent[row.order]
+        counts["answered"] += len(decision.done)
+        counts["expired"] += len(decision.expired)
+        counts["refused"] += len(decision.refused)
         batch = decision.batch
+        if batch is None:
+            wake = server.policy.wake_s()
+            if wake < math.inf and wake != server.wake_s:
+                server.wake_s = wake
+                number += 1
+                heapq.heappush(events, (wake, number, index))
+            return
         typical_s = server.offer.profile.typical_s(batch.segment, len(batch.rows))
         number += 1
         server.running, server.ran_s = batch, typical_s * noise[number & 4095] + hardware.hop_s

@@ -77,7 +77,10 @@ class LatencyProfile:
 
     def latency_s(self, segment: Segment, rows: int) -> float:
         """The 0.9 quantile as of late: what to count on."""
-        return self.typical_s(segment, rows) * self._window(rows).quantile
+        if rows > self.max_batch:
+            return self.typical_s(segment, rows) * self.ratio(rows)
+        table = self._typical.get(segment) or self._table(segment)  # asked for very often
+        return table[rows] * self._ratios[rows.bit_length()].quantile
 
     def observe(self, segment: Segment, rows: int, took_s: float) -> None:
         """Learn that a run took so long."""

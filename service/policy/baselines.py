@@ -27,6 +27,8 @@ class WholePaths:
         self._offer = offer
         self._queue: SortedQueue[Row] = SortedQueue()
         self._done: list[tuple[Row, StoppedBy]] = []
+        paths = [Segment(path, embed=True) for path in offer.accuracies]
+        self._slowest = max(paths, key=lambda path: offer.profile.typical_s(path, 1))
 
     def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:
         """The path and at most how many rows, for a head with this slack."""
@@ -41,7 +43,7 @@ class WholePaths:
 
     def rows(self) -> list[Row]:
         """See `Policy`."""
-        return [*self._queue, *(row for row, _ in self._done)]
+        return [*self._queue, *(row for row, _ in self._done if not row.gone)]
 
     def arrive(self, row: Row, now_s: float) -> None:  # noqa: ARG002
         """See `Policy`."""
@@ -76,8 +78,17 @@ class WholePaths:
     def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:  # noqa: ARG002 (baselines are selfish)
         """See `Policy`."""
         decision = self.settle(now_s, now_s)
-        if not self._queue:
-            return decision
+        while self._queue and decision.batch is None:
+            rows, segment = self._next(now_s)
+            took_s = self._offer.profile.latency_s(segment, len(rows))
+            rows = [row for row in rows if not self._gives_up(row, now_s + took_s, decision)]
+            if rows:
+                decision.batch = Batch.of(rows, segment, self._offer)
+                self._settle(now_s, now_s + decision.batch.expected_s, decision)
+        return decision
+
+    def _next(self, now_s: float) -> tuple[list[Row], Segment]:
+        """Take the next batch out of the queue."""
         head = self._queue[0]
         slack_s = head.deadline_s - now_s - self._offer.reserve_s
         most = self._offer.profile.max_batch
@@ -94,19 +105,37 @@ class WholePaths:
         rows = self._queue.take_places(places)
         for row in rows:
             row.place = None
-        decision.batch = Batch.of(rows, segment, self._offer)
-        return decision
+        return rows, segment
 
-    def settle(self, now_s: float, until_s: float) -> Decision:  # noqa: ARG002
+    def _gives_up(self, row: Row, ready_s: float, decision: Decision) -> bool:
+        """Whether a row that would be ready by then is told the answer that it has, or refused, because that is late."""
+        if row.deadline_s >= ready_s + self._offer.reserve_s:
+            return False
+        if row.answered is not None:
+            decision.done.append((row, "budget"))
+        elif row.wish.strict:
+            decision.refused.append(row)
+        else:
+            return False
+        return True
+
+    def settle(self, now_s: float, until_s: float) -> Decision:
         """See `Policy`."""
-        decision = Decision(done=self._done)
+        decision = Decision(done=[(row, stopped_by) for row, stopped_by in self._done if not row.gone])
         self._done = []
-        for row in self._overdue(now_s):
-            if not row.at and row.deadline_s <= now_s:
-                self._leaves(row)
-                decision.expired.append(row)
+        self._settle(now_s, until_s, decision)
         self.drop(now_s, decision)
         return decision
+
+    def _settle(self, now_s: float, until_s: float, decision: Decision) -> None:
+        """Give up the rows that could only run from `until_s` on, and for which that is too late."""
+        latency_s = self._offer.profile.latency_s
+        for row in self._overdue(until_s + self._offer.reserve_s + latency_s(self._slowest, 1)):
+            if row.answered is None and row.deadline_s <= now_s:
+                self._leaves(row)
+                decision.expired.append(row)
+            elif self._gives_up(row, until_s + latency_s(row.rest, 1), decision):
+                self._leaves(row)
 
     def foresee(self, wish: Wish, rows: int, now_s: float) -> tuple[Step, ...]:
         """See `Policy`: as if all that waits ran before it, on the path that it would get."""
@@ -118,12 +147,7 @@ class WholePaths:
         return (Step(path, now_s + self._offer.reserve_s + took_s),)
 
     def drop(self, now_s: float, decision: Decision) -> None:
-        """Rows that the policy gives up; here only strict ones that are too late."""
-        least_s = now_s + self._offer.reserve_s
-        for row in self._overdue(least_s + self._latency_s(self._offer.reference, 1)):
-            if row.wish.strict and not row.at and row.deadline_s < least_s + self._offer.profile.latency_s(row.rest, 1):
-                self._leaves(row)
-                decision.refused.append(row)
+        """Rows that the policy gives up beyond that."""
 
     def finished(self, batch: Batch, confidences: Sequence[float], now_s: float) -> None:
         """See `Policy`."""
@@ -263,7 +287,6 @@ class Clockwork(WholePaths):
 
     def drop(self, now_s: float, decision: Decision) -> None:
         """Every head that is too late."""
-        super().drop(now_s, decision)
         least_s = now_s + self._offer.reserve_s + self._latency_s(self._offer.reference, 1)
         while self._queue and _is_free(self._queue[0]) and self._queue[0].deadline_s < least_s:
             row = self._queue[0]

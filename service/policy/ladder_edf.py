@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from service.policy.price import Price
@@ -53,12 +54,14 @@ class LadderEdf:
         self._first: Queues = {}  # rows without an answer, by what they have to run for it; by urgency
         self._deeper: Queues = {}  # rows with an answer, by what they would run next; highest gain first
         self._late: SortedQueue[Row] = SortedQueue()  # too late for their first answer; by urgency
-        self._until: list[tuple[float, int, int, Row]] = []  # heap of rows in `_deeper`: when to give up, order, turn
+        self._until: list[tuple[float, int, int, Row]] = []  # heap of rows in `_deeper`: from when too late, order, turn
         self._done: list[tuple[Row, StoppedBy]] = []
         self._tightest_s = math.inf
         self._waiting = 0
         largest = offer.profile.max_batch
         self._sizes = (largest, *(2**k for k in reversed(range(largest.bit_length())) if 2**k < largest))
+        blocks = [Segment((node,), embed=True) for node in offer.profile.parts.nodes]
+        self._slowest = max(blocks, key=lambda block: offer.profile.typical_s(block, 1))
 
     def waiting(self) -> int:
         """See `Policy`."""
@@ -67,7 +70,7 @@ class LadderEdf:
     def rows(self) -> list[Row]:
         """See `Policy`."""
         queues = (*self._first.values(), *self._deeper.values(), self._late)
-        return [*(row for queue in queues for row in queue), *(row for row, _ in self._done)]
+        return [*(row for queue in queues for row in queue), *(row for row, _ in self._done if not row.gone)]
 
     def arrive(self, row: Row, now_s: float) -> None:
         """See `Policy`."""
@@ -121,7 +124,7 @@ class LadderEdf:
 
     def spare_s(self, now_s: float) -> float:
         """See `Policy`."""
-        return self._spare_s(now_s, None, 0)
+        return self._spare_s(now_s, self._batches())
 
     def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
         """See `Policy`."""
@@ -139,7 +142,8 @@ class LadderEdf:
 
     def settle(self, now_s: float, until_s: float) -> Decision:
         """See `Policy`."""
-        decision = Decision(done=self._done)
+        self._first, self._deeper = _not_empty(self._first), _not_empty(self._deeper)
+        decision = Decision(done=[(row, stopped_by) for row, stopped_by in self._done if not row.gone])
         self._done = []
         self._give_up(until_s, now_s, decision)
         self._set_aside(now_s, decision)
@@ -178,12 +182,12 @@ class LadderEdf:
         return tuple(steps)
 
     def _choose(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment | None]:
-        deeper = self._best_deeper(now_s, min(spare_s, self._spare_s(now_s, None, 0)))
+        deeper = self._best_deeper(now_s, min(spare_s, self.spare_s(now_s)))
         if any(self._first.values()) and (deeper is None or deeper.rate <= self._first_rate()):
             return self._first_answers(now_s, spare_s)
         if deeper is not None:
             rows = deeper.queue.take_places(deeper.places)
-            return self._joined(rows, deeper.segment, now_s, deeper.limit_s)
+            return self._joined(rows, deeper.segment, now_s, deeper.limit_s, deeper.limit_s)
         return self._late_answers(now_s, spare_s)
 
     def _first_rate(self) -> float:
@@ -223,7 +227,10 @@ class LadderEdf:
                 self._done.append((row, "budget"))
                 return
         self._place(row, self._deeper, (-gain, row.order))
-        heapq.heappush(self._until, (until_s, row.order, row.turn, row))
+        heapq.heappush(self._until, (math.nextafter(until_s, math.inf), row.order, row.turn, row))
+        if len(self._until) > 2 * self._waiting + 64:  # else rows of far deadlines would be kept long after they left
+            self._until = [entry for entry in self._until if not _outdated(entry)]
+            heapq.heapify(self._until)
 
     def _place(self, row: Row, queues: Queues, key: Key) -> None:
         queue = queues.setdefault(row.rest, SortedQueue())
@@ -239,7 +246,7 @@ class LadderEdf:
 
     def _give_up(self, until_s: float, now_s: float, decision: Decision) -> None:
         """Answer rows whose next step would be too late at `until_s`; a patient row with a wish gets urgent instead."""
-        while self.wake_s() < until_s:
+        while self.wake_s() <= until_s:
             row = heapq.heappop(self._until)[-1]
             assert row.place is not None
             assert row.answered is not None
@@ -256,74 +263,89 @@ class LadderEdf:
     def _set_aside(self, now_s: float, decision: Decision) -> None:
         """Rows that are too late for a first answer make room for those that are not."""
         while self._late and self._late[0].deadline_s <= now_s:
-            row = self._late.take(0, 1)[0]
+            (row,) = self._late.take_places([0])
             self._moves(row)
             decision.expired.append(row)
         for segment, queue in self._first.items():
-            if not queue:
-                continue
             latest_s = now_s + self._offer.profile.latency_s(segment, 1) + self._offer.reserve_s
-            while queue and queue.key(0)[0] < latest_s and queue[0].deadline_s < latest_s:
-                row = queue.take(0, 1)[0]
+            for row in queue.before((latest_s,)):
+                assert row.place is not None
+                _, key = row.place
+                if key[0] != row.deadline_s:  # it has none, or was too late before
+                    continue
+                queue.remove(key)
                 self._moves(row)
-                if row.at:  # it has begun, so it is not given up; as urgent as one without a budget
-                    self._place(row, self._first, (max(latest_s, row.patient_until_s), 0, row.order))
-                elif row.deadline_s <= now_s:
+                if not row.at and row.deadline_s <= now_s:
                     decision.expired.append(row)
                 elif row.wish.strict:
                     decision.refused.append(row)
+                elif row.at:  # it has begun, so it is not given up; from now on as urgent as one without a budget
+                    self._place(row, self._first, (row.patient_until_s, 0, row.order))
                 else:
                     self._late.add(row.urgency, row)
                     row.place = self._late, row.urgency
                     self._waiting += 1
 
-    def _spare_s(self, now_s: float, without: SortedQueue[Row] | None, taken: int) -> float:
-        """How long a run may take that leaves all first answers in time, but those of the first `taken` rows of the
-        queue `without`: earliest deadline first, in full batches, checked at the first row of each."""
-        profile, spare_s = self._offer.profile, math.inf
-        queues = [(segment, queue) for segment, queue in self._first.items() if queue]
-        for segment, queue in queues:
-            work_s = 0.0
-            for start in range(taken if queue is without else 0, len(queue), profile.max_batch):
-                key = queue.key(start)
-                work_s += profile.latency_s(segment, min(profile.max_batch, len(queue) - start))
-                before_s = 0.0
-                for each, other in queues:
-                    if other is not queue:
-                        rows = other.below(key) - (taken if other is without else 0)
-                        before_s += profile.latency_s(each, rows) if rows > 0 else 0.0
-                spare_s = min(spare_s, key[0] - self._offer.reserve_s - work_s - before_s - now_s)
+    def _spare_s(self, now_s: float, batches: Iterable[tuple[float, float]]) -> float:
+        """How long a run may take that leaves all first answers in time: these batches, earliest deadline first."""
+        spare_s, ready_s = math.inf, now_s + self._offer.reserve_s
+        for due_s, took_s in sorted(batches):
+            ready_s += took_s
+            spare_s = min(spare_s, due_s - ready_s)
         return spare_s
+
+    def _batches(self, but: SortedQueue[Row] | None = None) -> list[tuple[float, float]]:
+        """When full batches of all first answers, but those of one queue, are due and how long they take."""
+        queues = ((segment, queue) for segment, queue in self._first.items() if queue is not but)
+        return [batch for segment, queue in queues for batch in self._batches_of(segment, queue, 0)]
+
+    def _batches_of(self, segment: Segment, queue: SortedQueue[Row], start: int) -> list[tuple[float, float]]:
+        """The same for one queue from this place on. What the first row of a batch needs, all get."""
+        profile = self._offer.profile
+        whole, rest = divmod(len(queue) - start, profile.max_batch)
+        batches: list[tuple[float, float]] = []
+        if whole > 0:
+            took_s = profile.latency_s(segment, profile.max_batch)
+            batches = [(due_s, took_s) for due_s, *_ in queue.keys(start, profile.max_batch)[:whole]]
+        if rest > 0:
+            batches.append((queue.key(len(queue) - rest)[0], profile.latency_s(segment, rest)))
+        return batches
 
     def _quantum_s(self) -> float:
         """The longest that a run may take because of rows that have not arrived yet; one row can always run a block."""
-        one_block = Segment(self._offer.climb[0][:1], embed=True)
-        return max(_SHARE_OF_BUDGET * self._tightest_s, self._offer.profile.latency_s(one_block, 1))
+        return max(_SHARE_OF_BUDGET * self._tightest_s, self._offer.profile.latency_s(self._slowest, 1))
 
     def _first_answers(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment]:
         """The most urgent queue's next batch."""
         segment, queue = min(((s, q) for s, q in self._first.items() if q), key=lambda each: each[1].key(0))
-        start, count = self._first_places(segment, queue, now_s)
-        alone = self._waiting == count
-        rows = queue.take(start, start + count)
+        places = self._first_places(segment, queue, now_s)
+        alone = self._waiting == len(places)
+        rows = queue.take_places(places)
         if alone and (direct := self._direct(rows, now_s, spare_s)) is not None:
             return rows, direct
-        return self._joined(rows, segment, now_s, min(spare_s, self._quantum_s()))
+        return self._joined(rows, segment, now_s, min(spare_s, self._quantum_s()), self.spare_s(now_s))
 
-    def _first_places(self, segment: Segment, queue: SortedQueue[Row], now_s: float) -> tuple[int, int]:
-        """Where the batch starts in the queue and how many rows it has."""
-        latency_s, reserve_s = self._offer.profile.latency_s, self._offer.reserve_s
-        best, start, count = 0.0, 0, 1
+    def _first_places(self, segment: Segment, queue: SortedQueue[Row], now_s: float) -> list[int]:
+        """Which rows of the queue the batch has."""
+        latency_s, start_s = self._offer.profile.latency_s, now_s + self._offer.reserve_s
+        # Those that are due and still here have no deadline to keep (`_set_aside`). They waited long enough.
+        due = queue.below((start_s + latency_s(segment, 1),))
+        others = self._batches(but=queue)
+        best, places = 0.0, [0]
         for size in self._sizes:
             rows = min(size, len(queue))
             took_s = latency_s(segment, rows)
-            if queue.key(0)[0] >= now_s + took_s + reserve_s and self._spare_s(now_s, queue, rows) >= took_s:
-                return 0, rows
-            first = queue.below((now_s + took_s + reserve_s,))
-            in_time = min(size, len(queue) - first)
-            if in_time > 0 and in_time / (took := latency_s(segment, in_time)) > best:
-                best, start, count = in_time / took, first, in_time
-        return start, count
+            patient = min(due, rows)
+            first = max(patient, queue.below((start_s + took_s,)))
+            if first == patient or patient == rows:
+                left = self._batches_of(segment, queue, rows)
+                if self._spare_s(now_s, (*others, *left)) >= took_s:
+                    return list(range(rows))
+            in_time = min(rows - patient, len(queue) - first)
+            count = patient + in_time
+            if count > 0 and count / (took_s := latency_s(segment, count)) > best:
+                best, places = count / took_s, [*range(patient), *range(first, first + in_time)]
+        return places
 
     def _direct(self, rows: Sequence[Row], now_s: float, spare_s: float) -> Segment | None:
         """The whole reference path, if rows that would climb have the time for it and nobody needs the device."""
@@ -350,52 +372,72 @@ class LadderEdf:
             block = Segment(segment.nodes[:1], segment.embed)
             most = next((size for size in self._sizes if profile.latency_s(block, size) <= limit_s), 0)
             places: list[int] = []
-            gain, earliest_s, in_time_s = 0.0, math.inf, now_s + self._offer.reserve_s
+            gain, earliest_s, start_s = 0.0, math.inf, now_s + self._offer.reserve_s
+            took_s = profile.latency_s(segment, 1)
             for place, row in enumerate(queue):
                 if len(places) >= most:
                     break
-                took_s = profile.latency_s(segment, len(places) + 1)
-                if row.deadline_s < in_time_s + took_s:
+                deadline_s = row.deadline_s
+                if deadline_s < start_s + took_s:
                     continue
-                earliest_s = min(earliest_s, row.deadline_s)
-                if earliest_s < in_time_s + took_s:  # one more would make another late
+                earliest_s = min(earliest_s, deadline_s)
+                if earliest_s < start_s + took_s:  # one more would make another late
                     break
                 places.append(place)
                 gain -= queue.key(place)[0]
                 if best is None or gain / took_s > best.rate:
                     best = _Deeper(gain / took_s, segment, queue, places.copy(), limit_s)
+                took_s = profile.latency_s(segment, len(places) + 1)
         return best
 
     def _late_answers(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment | None]:
         """Rows that nobody else keeps from their late answer."""
         if not self._late:
             return [], None
-        segment = self._late[0].rest
+        target, segment = self._late[0].target, self._late[0].rest  # none has begun
         limit_s = min(spare_s, self._quantum_s())
         most = next((size for size in self._sizes if self._offer.profile.latency_s(segment, size) <= limit_s), 1)
-        places = [place for place, row in enumerate(self._late) if row.rest == segment][:most]
-        return self._joined(self._late.take_places(places), segment, now_s, limit_s)
+        places = islice((place for place, row in enumerate(self._late) if row.target == target), most)
+        return self._joined(self._late.take_places(places), segment, now_s, limit_s, spare_s)
 
-    def _joined(self, rows: list[Row], segment: Segment, now_s: float, limit_s: float) -> tuple[list[Row], Segment]:
-        """The batch with those that go to the same block next, as far as that makes nobody late, and as many of the
-        blocks that all go to as fit into `limit_s`."""
+    def _joined(
+        self, rows: list[Row], segment: Segment, now_s: float, limit_s: float, spare_s: float
+    ) -> tuple[list[Row], Segment]:
+        """The batch with those that go to the same block next, as far as that makes none of it late, takes no longer than
+        `limit_s`, and for the sake of deeper work no longer than `spare_s`; and as many of the blocks that all go to as fit
+        into `limit_s`."""
         profile, start_s = self._offer.profile, now_s + self._offer.reserve_s
+        whole, took_s = segment, profile.latency_s(segment, len(rows))
+        earliest_s = min(row.deadline_s for row in rows)
+        if earliest_s < start_s + took_s:
+            earliest_s = math.inf  # some are late anyway
         for other_segment, queue in self._alike(segment):
             room = profile.max_batch - len(rows)
             if room <= 0:
                 break
             common = _common(segment, other_segment)
-            earliest_s = min(row.deadline_s for row in rows)
             took_s = profile.latency_s(common, len(rows) + min(room, len(queue)))
-            was_in_time = earliest_s >= start_s + profile.latency_s(segment, len(rows))
-            if took_s > limit_s or (was_in_time and earliest_s < start_s + took_s):
+            rest_s = 0.0
+            if common != whole:
+                rest_s = profile.latency_s(Segment(whole.nodes[len(common.nodes) :], embed=False), len(rows))
+            if took_s > limit_s or earliest_s < start_s + took_s + rest_s:
                 continue
-            places = [place for place, row in enumerate(queue) if row.deadline_s >= start_s + took_s][:room]
-            if places:
+            if took_s > spare_s and queue[0].answered is not None:  # first answers have to run anyway
+                continue
+            in_time = (place for place, row in enumerate(queue) if row.deadline_s >= start_s + took_s)
+            joining = queue.take_places(islice(in_time, room))
+            if joining:
                 segment = common
-                rows = rows + queue.take_places(places)
+                rows = rows + joining
+                earliest_s = min(earliest_s, *(row.deadline_s for row in joining))
+        urgent_s = min((row.deadline_s for row in rows if row.answered is None), default=math.inf)
         while len(segment.nodes) > 1 and profile.latency_s(segment, len(rows)) > limit_s:
-            segment = Segment(segment.nodes[:-1], segment.embed)
+            shorter = Segment(segment.nodes[:-1], segment.embed)
+            rest = Segment(whole.nodes[len(shorter.nodes) :], embed=False)
+            in_two_s = profile.latency_s(shorter, len(rows)) + profile.latency_s(rest, len(rows))
+            if start_s + profile.latency_s(segment, len(rows)) <= urgent_s < start_s + in_two_s:
+                break  # a first answer that would be in time in one run and not in two
+            segment = shorter
         return rows, segment
 
     def _alike(self, segment: Segment) -> Iterator[tuple[Segment, SortedQueue[Row]]]:
@@ -409,6 +451,10 @@ class LadderEdf:
 def _outdated(entry: tuple[float, int, int, Row]) -> bool:
     _, _, turn, row = entry
     return row.place is None or row.turn != turn
+
+
+def _not_empty(queues: Queues) -> Queues:
+    return {segment: queue for segment, queue in queues.items() if queue}
 
 
 def _common(one: Segment, other: Segment) -> Segment:

@@ -63,11 +63,16 @@ class Price:
     def options(self, answered: Path) -> list[Option]:
         """The ways on from the answer of a path, at the present price."""
         offer = self._offer
+        climb = offer.climb[offer.climb.index(answered) :]
         options: list[Option] = []
-        for target in offer.climb[offer.climb.index(answered) + 1 :]:
-            then = self.best(self.options(target), _COIN)[0] if target != offer.reference else 0.0
-            share = offer.gain(answered, target, 0.0)
-            options.append(Option(target, share, self._cost_s(answered, target), then))
+        then: dict[Path, float] = {}
+        for place in reversed(range(len(climb))):
+            at = climb[place]
+            options = [
+                Option(target, offer.gain(at, target, 0.0), self._cost_s(at, target), then[target])
+                for target in climb[place + 1 :]
+            ]
+            then[at] = self.best(options, _COIN)[0]
         return options
 
     def best(self, options: list[Option], wrong: float) -> tuple[float, Path | None]:

@@ -37,6 +37,14 @@ class SortedQueue(Generic[Item]):
         """The key of the item at `index`."""
         return self._entries[index].key
 
+    def keys(self, start: int, step: int) -> list[Key]:
+        """The keys of every `step`th item from `start` on."""
+        return [entry.key for entry in self._entries[start::step]]
+
+    def before(self, key: Key) -> list[Item]:
+        """The items with a smaller key."""
+        return [entry.item for entry in self._entries[: self.below(key)]]
+
     def add(self, key: Key, item: Item) -> None:
         """Into its place."""
         entries = self._entries
@@ -59,12 +67,6 @@ class SortedQueue(Generic[Item]):
         if index == len(self._entries) or self._entries[index].key != key:
             raise KeyError(key)
         del self._entries[index]
-
-    def take(self, start: int, end: int) -> list[Item]:
-        """Take the items of these places out."""
-        taken = [entry.item for entry in self._entries[start:end]]
-        del self._entries[start:end]
-        return taken
 
     def take_places(self, places: Iterable[int]) -> list[Item]:
         """Take the items of these rising places out."""

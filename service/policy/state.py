@@ -192,7 +192,7 @@ class Policy(Protocol):
         ...
 
     def leave(self, row: Row) -> None:
-        """The row's client has gone: it costs no further compute."""
+        """The row's client has gone: it costs no further compute, and no decision tells of it."""
         ...
 
     def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
@@ -214,7 +214,7 @@ class Policy(Protocol):
         ...
 
     def wake_s(self) -> float:
-        """When to ask again even though nothing happens; infinity for never."""
+        """When to ask again even though nothing happens; infinity for never. Always after the latest `decide`."""
         ...
 
     def waiting(self) -> int:
