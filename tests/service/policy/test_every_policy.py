@@ -170,7 +170,7 @@ def test_who_waits_without_a_budget_gets_a_turn_in_an_endless_crowd(name) -> Non
     """Bug found: past its patience a row without a budget was passed over for those that could still be in time, as long
     as there were any."""
     gap_s = BLOCK_S * 0.2  # far beyond capacity
-    crowd = [Come(gap_s * i, Wish(deadline_s=gap_s * i + 0.05)) for i in range(1500)]
+    crowd = [Come(gap_s * i, Wish(deadline_s=gap_s * i + 0.01)) for i in range(1500)]
     patient = Come(0.01, Wish(patience_s=0.05))
     pathed = Come(0.01, Wish(path=(2, 4, 6), patience_s=0.05))
     device = play(name, sorted([*crowd, patient, pathed], key=lambda come: come.at_s))
