@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from family.tree import format_path
 from service.policy import check_policy_name, make_policy, policy_names
 from service.policy.wish import Wish
+from service.profile import LatencyProfile
 from tests.service.policy.play import BLOCK_S, NAMES, RISING, Come, Device, make, make_offer, play, plays
 
 every_policy = pytest.mark.parametrize("name", NAMES)
@@ -17,8 +19,7 @@ every_policy = pytest.mark.parametrize("name", NAMES)
 
 def replay(name, played) -> Device:
     offer, trace, factors = played
-    for window in offer.profile._ratios:
-        window.__init__()  # an offer is drawn once and played several times
+    offer = replace(offer, profile=LatencyProfile(offer.profile.parts))  # drawn once, and may be played several times
     return Device(make(name, offer), offer, factors, learns=factors != [1.0]).play(trace)
 
 
