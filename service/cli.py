@@ -63,7 +63,8 @@ def serve(models: Path | None, host: str, port: int, threads: int | None, device
         app = create_app(settings)
     except ValidationError as exc:
         problems = "; ".join(
-            f"{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}" for error in exc.errors()
+            ": ".join([*filter(None, [".".join(map(str, error["loc"]))]), error["msg"].removeprefix("Value error, ")])
+            for error in exc.errors()
         )
         raise click.ClickException(f"wrong setting: {problems}") from exc
     except SettingsError as exc:  # no JSON where it should be

@@ -46,6 +46,9 @@ from service.worker import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
 
+_NEVER_S = math.nextafter(math.inf, 0)
+"""Later than any deadline; finite, since policies have infinity for rows that have none."""
+
 
 @dataclass(slots=True, eq=False)
 class _Ticket:
@@ -167,7 +170,7 @@ class Engine:
         if self._loop_task is not None:
             await self._loop_task
         now = self.clock()
-        self._settle([policy.settle(now, math.nextafter(math.inf, 0)) for policy in self._scheduler.policies.values()])
+        self._settle([policy.settle(now, _NEVER_S) for policy in self._scheduler.policies.values()])
         self._fail_all(NotReady("the server is shutting down"))
         if self._worker is not None:
             await asyncio.to_thread(self._worker.stop)
@@ -234,6 +237,7 @@ class Engine:
             raise
         finally:
             self._tickets.discard(ticket)
+            ticket.rows.clear()  # which have the ticket: nothing is left for the garbage collector
 
     def _policy(self, model: ServedModel) -> Policy:
         if model not in self._scheduler.policies:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
-import tempfile
+import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,12 +52,14 @@ class ProfileCache:
     def save(self, of: Circumstances, parts: Parts) -> None:
         """Keep them. A reader sees the old file or the new one, whole."""
         file = self._file(of)
+        temporary = file.with_suffix(f".{secrets.token_hex(4)}.tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._folder, suffix=".tmp", delete=False) as temporary:
-                temporary.write(parts.model_dump_json())
-            os.replace(temporary.name, file)  # noqa: PTH105 (of a name)
+            temporary.write_text(parts.model_dump_json())
+            temporary.replace(file)
         except OSError as exc:
+            with suppress(OSError):
+                temporary.unlink()
             logger.warning(
                 "the measured latencies cannot be kept in %s: %s. Set HBLL_CACHE_DIR", self._folder, exc.strerror
             )

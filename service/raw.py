@@ -41,7 +41,8 @@ class RawRoute(Route):
         """See Starlette."""
         for name, value in scope.get("headers", ()):
             if name == b"content-type" and value.partition(b";")[0].strip().lower() == OCTETS.encode():
-                return super().matches(scope)
+                match, child_scope = super().matches(scope)
+                return match, {**child_scope, "route": self}  # as FastAPI's routes do, for traces
         return Match.NONE, {}
 
 

@@ -168,7 +168,7 @@ def test_a_bad_setting_stops_start_up_and_is_named(trained: Trained) -> None:
     command = [sys.executable, "-m", "hbll", "serve", str(trained.models)]
     for variable, value, message in (
         ("HBLL_MAX_BATCH", "many", "wrong setting: max_batch: Input should be a valid integer"),
-        ("HBLL_MAX_BACTH", "8", "unknown variable HBLL_MAX_BACTH: expected some of HBLL_DEFAULT_LATENCY_BUDGET_MS"),
+        ("HBLL_MAX_BACTH", "8", "wrong setting: unknown variable HBLL_MAX_BACTH: expected some of HBLL_AUDIT_RATE"),
         ("HBLL_MAX_QUEUE_ROWS", "10", "max_request_rows must be at most max_queue_rows, got 256 and 10"),
     ):
         done = subprocess.run(

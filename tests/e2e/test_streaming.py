@@ -118,9 +118,12 @@ class HeldServer:
         if path == "infer":
             tensor = b'{"name": "x", "shape": [1, 2, 2], "datatype": "FP32", "data": [0.1, 0, 0, 0]}'
             body = b'{"inputs": [%s], "parameters": {"min_confidence": 1}}' % tensor
+        kind = b"application/json"
+        if path == "raw":
+            path, kind, body = "predict?min_confidence=1", b"application/octet-stream", np.float32([0.1, 0, 0, 0]).tobytes()
         version = "v2" if path == "infer" else "v1"
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
-        head = f"POST /{version}/models/fake/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /{version}/models/fake/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind.decode()}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         return connection
 
@@ -144,7 +147,7 @@ def held() -> Iterator[HeldServer]:
     server.close()
 
 
-@pytest.mark.parametrize("path", ["predict", "predict/stream", "infer"])
+@pytest.mark.parametrize("path", ["predict", "predict/stream", "infer", "raw"])
 def test_clients_that_leave_the_queue_cost_no_block(held: HeldServer, path: str) -> None:
     held.runner.go.clear()
     held.runner.began.clear()

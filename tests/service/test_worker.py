@@ -61,6 +61,7 @@ def test_a_thread_that_dies_in_a_job_fails_its_jobs_and_is_replaced() -> None:
             with pytest.raises(WorkerDied, match="the thread mortal died"):
                 await future
         assert await worker.run(lambda: 3) == 3
+        first.join()
         assert thread_of("mortal") is not first
         assert len(deaths) == 1
         worker.stop()

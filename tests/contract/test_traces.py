@@ -1,0 +1,79 @@
+"""Requests as traces: a server span, its wait and its segments as children."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from service.app import create_app
+from service.settings import Settings
+from service.tracing import Tracer
+from tests.conftest import Trained
+from tests.contract.conftest import Client
+
+IMAGE = [[0.5] * 28] * 28
+RAW = b"\0" * 4 * 784
+
+
+@pytest.fixture(scope="module")
+def exporter() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
+
+
+@pytest.fixture(scope="module")
+def traced(trained: Trained, exporter: InMemorySpanExporter) -> Iterator[Client]:
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.app.open_tracer", lambda: Tracer(provider))
+        client = Client(create_app(Settings(models=trained.models)))
+    yield client
+    client.close()
+
+
+TENSOR = {"name": "x", "shape": [1, 28, 28], "datatype": "FP32", "data": [0.5] * 784}
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("/v1/models/digits/predict", {"json": {"inputs": [IMAGE], "path": "4-6"}}),
+        ("/v1/models/digits/predict?path=4-6", {"content": RAW}),
+        ("/v1/models/digits/predict/stream", {"json": {"inputs": [IMAGE], "path": "4-6"}}),
+        ("/v2/models/digits/infer", {"json": {"inputs": [TENSOR], "parameters": {"path": "4-6"}}}),
+    ],
+)
+def test_every_way_to_ask_is_traced(
+    traced: Client, exporter: InMemorySpanExporter, url: str, sent: dict[str, object]
+) -> None:
+    exporter.clear()
+    headers = {"traceparent": f"00-{7:032x}-{8:016x}-01"}
+    if "content" in sent:
+        headers["content-type"] = "application/octet-stream"
+    assert traced.request("POST", url, headers=headers, **sent).status_code == 200
+    *children, whole = sorted(exporter.get_finished_spans(), key=lambda span: span.parent.span_id == 8)
+    assert whole.name == f"POST {url.partition('?')[0].replace('digits', '{model}')}"
+    assert whole.attributes["http.response.status_code"] == 200
+    assert whole.attributes["hbll.model"] == "digits"
+    assert whole.context.trace_id == 7
+    names = [child.name for child in sorted(children, key=lambda child: child.start_time)]
+    assert names[0] == "queue"
+    assert set(names[1:]) == {"segment"}
+    nodes = [child.attributes["hbll.nodes"] for child in children if child.name == "segment"]
+    assert "-".join(nodes) == "4-6"
+    for child in children:
+        assert child.parent.span_id == whole.context.span_id
+        assert whole.start_time <= child.start_time <= child.end_time <= whole.end_time
+
+
+def test_a_request_that_was_admitted_and_failed_is_traced(traced: Client, exporter: InMemorySpanExporter) -> None:
+    exporter.clear()
+    body = {"inputs": [IMAGE], "latency_budget_ms": 0.001, "strict": True}
+    assert traced.predict(body).status_code == 504
+    (span,) = exporter.get_finished_spans()
+    assert span.attributes["http.response.status_code"] == 504
+    assert not span.status.is_ok

@@ -1,0 +1,243 @@
+"""New versions while serving, by a repository whose models are fakes; a real server does it in tests/e2e."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from family.manifest import BundleError
+from service.app import create_app
+from service.context import Context
+from service.reload import load_version
+from service.repository import Repository, ServedModel
+from service.settings import Settings
+from tests.fakes import FakeRunner, fake_model
+
+URL = "/v1/models/fake/predict"
+BODY = {"inputs": [[[0.1, 0], [0, 0]]], "min_confidence": 1}
+
+
+class Shelf:
+    """A folder of empty versions, and what is found in them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.errors: dict[int, Exception] = {}
+        self.loaded: list[int] = []
+        self.put(1)
+
+    def put(self, version: int, model: str = "fake") -> None:
+        (self.root / model / str(version)).mkdir(parents=True)
+
+    def load(self, name: str, version: int) -> ServedModel:
+        self.loaded.append(version)
+        if version in self.errors:
+            raise self.errors[version]
+        model = fake_model(runner=FakeRunner(), version=version)
+        model.name = name
+        return model
+
+
+@asynccontextmanager
+async def serving(shelf: Shelf, **settings: object) -> AsyncIterator[tuple[FastAPI, httpx.AsyncClient]]:
+    repository = Repository([shelf.load("fake", 1)], shelf.root, shelf.load)
+    app = create_app(Settings(**settings), repository)  # type: ignore[arg-type]
+    async with app.router.lifespan_context(app):
+        while not app.state.context.ready:
+            await asyncio.sleep(0.01)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+            yield app, http
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), timeout=60))  # type: ignore[arg-type]
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    while not happened():
+        await asyncio.sleep(0.005)
+
+
+def reloads(context: Context, loaded: str, model: str = "fake") -> float:
+    return float(context.metrics.registry.get_sample_value("hbll_reloads_total", {"model": model, "loaded": loaded}) or 0)
+
+
+def test_a_new_version_is_served_without_one_failed_request_and_the_old_one_is_freed(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0.02) as (app, http):
+            context: Context = app.state.context
+            old = weakref.ref(context.repository.get("fake").runner)
+            versions: list[int] = []
+
+            async def ask() -> None:
+                while not versions or versions[-1] < 3:
+                    response = await http.post(URL, json=BODY)
+                    assert response.status_code == 200, response.text
+                    versions.append(response.json()["version"])
+
+            asking = [asyncio.create_task(ask()) for _ in range(4)]
+            await until(lambda: len(versions) > 20)
+            shelf.put(2)
+            await until(lambda: versions[-1] == 2)
+            shelf.put(3)
+            await asyncio.gather(*asking)
+            assert versions == sorted(versions)
+            assert reloads(context, "true") == 2
+            gc.collect()
+            assert old() is None
+            assert len(context.engine._scheduler.policies) == 1
+
+    run(test)
+
+
+def test_the_old_version_is_freed_on_an_idle_server_too(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0) as (app, http):
+            context: Context = app.state.context
+            assert (await http.post(URL, json=BODY)).status_code == 200
+            old = weakref.ref(context.repository.get("fake").runner)
+            shelf.put(2)
+            await load_version(context, "fake", 2)
+            await asyncio.sleep(0)
+            await until(lambda: gc.collect() >= 0 and old() is None)
+
+    run(test)
+
+
+def test_a_damaged_version_keeps_the_old_one_is_told_of_once_and_served_when_repaired(
+    shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0.01) as (app, http):
+            context: Context = app.state.context
+            shelf.errors[2] = BundleError("weights.bin is truncated or changed")
+            shelf.put(2)
+            await until(lambda: shelf.loaded.count(2) > 5)
+            assert reloads(context, "false") == 1
+            assert caplog.text.count("version 2 of fake is not served: weights.bin is truncated") == 1
+            assert (await http.post(URL, json=BODY)).json()["version"] == 1
+            assert (await http.get("/health/ready")).status_code == 200
+            shelf.errors[2] = RuntimeError("something nobody thought of")
+            await until(lambda: reloads(context, "false") == 2)
+            del shelf.errors[2]
+            await until(lambda: context.repository.get("fake").version == 2)
+            assert (await http.post(URL, json=BODY)).json()["version"] == 2
+
+    run(test)
+
+
+def test_a_folder_that_cannot_be_read_does_not_end_the_watch(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0.01) as (app, _):
+            hidden = shelf.root.with_name("hidden")
+            shelf.root.rename(hidden)
+            await until(lambda: "the repository cannot be searched for new versions" in caplog.text)
+            hidden.rename(shelf.root)
+            shelf.put(2)
+            await until(lambda: app.state.context.repository.get("fake").version == 2)
+
+    run(test)
+
+
+def test_a_new_model_is_served_too(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0.01) as (app, http):
+            shelf.put(4, "another")
+            await until(lambda: "another" in app.state.context.repository.models)
+            assert (await http.post("/v1/models/another/predict", json=BODY)).json()["version"] == 4
+            assert [each["name"] for each in (await http.get("/v1/models")).json()["models"]] == ["another", "fake"]
+
+    run(test)
+
+
+def test_a_model_can_be_loaded_by_request(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0) as (app, http):
+            shelf.put(2)
+            shelf.errors[2] = BundleError("weights.bin is truncated or changed")
+            response = await http.post("/v2/repository/models/fake/load")
+            assert (response.status_code, response.json()["code"]) == (400, "bad_request")
+            assert response.json()["error"] == "fake cannot be loaded: weights.bin is truncated or changed"
+            assert (await http.post(URL, json=BODY)).json()["version"] == 1
+            del shelf.errors[2]
+            both = await asyncio.gather(*(http.post("/v2/repository/models/fake/load") for _ in range(2)))
+            assert [response.status_code for response in both] == [200, 200]
+            assert shelf.loaded.count(2) == 2  # one that failed, and one for both requests
+            assert (await http.post(URL, json=BODY)).json()["version"] == 2
+            assert reloads(app.state.context, "true") == 1
+            shelf.put(1, "late")
+            assert (await http.post("/v2/repository/models/late/load")).status_code == 200
+            assert (await http.post("/v2/repository/models/never/load")).status_code == 404
+            index = (await http.post("/v2/repository/index")).json()
+            assert [(entry["name"], entry["version"]) for entry in index] == [("fake", "2"), ("late", "1")]
+
+    run(test)
+
+
+def test_a_request_that_is_read_while_its_model_is_replaced_is_answered_by_the_old_version(shelf: Shelf) -> None:
+    """The engine once had forgotten the model by then: 500."""
+
+    async def test() -> None:
+        async with serving(shelf, poll_s=0) as (app, http):
+            context: Context = app.state.context
+            decoding, replaced = threading.Event(), threading.Event()
+
+            def slow(*_: object) -> object:
+                decoding.set()
+                assert replaced.wait(30)
+                return original(*_)  # type: ignore[arg-type]
+
+            from service.inputs import Decoder
+
+            original = Decoder.decode
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Decoder, "decode", slow)
+                body = {"inputs": BODY["inputs"] * 5}  # many: decoded in a thread
+                asking = asyncio.create_task(http.post(URL, json=body))
+                await asyncio.to_thread(decoding.wait, 30)
+                shelf.put(2)
+                await load_version(context, "fake", 2)
+                await until(lambda: len(context.engine._scheduler.policies) == 1)
+                replaced.set()
+                response = await asking
+            assert (response.status_code, response.json()["version"]) == (200, 1)
+
+    run(test)
+
+
+def test_a_server_that_stops_while_it_measures_a_new_version_does_not_serve_it(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0.01) as (app, _):
+            context: Context = app.state.context
+            measuring = threading.Event()
+            ended: list[bool] = []
+
+            def warm_up(self: ServedModel, _: int, __: object, stop: Callable[[], bool]) -> None:
+                measuring.set()
+                while not stop():
+                    pass
+                ended.append(True)
+
+            monkeypatch.setattr(ServedModel, "warm_up", warm_up)
+            shelf.put(2)
+            await asyncio.to_thread(measuring.wait, 30)
+        assert context.repository.get("fake").version == 1
+        await until(lambda: bool(ended))
+
+    run(test)
