@@ -54,7 +54,7 @@ class World:
         for rows, ratio in zip(self.parts.batches, self.ratios, strict=True):
             for segment in (Segment(self.offer.front[0], embed=True),):
                 profile.observe(segment, rows, ratio * profile.typical_s(segment, rows))
-        offer = Offer(self.offer.climb, self.offer.front, self.offer.accuracies, profile, self.offer.reserve_s)
+        offer = Offer(self.offer.climb, self.offer.front, self.offer.accuracies, profile, self.offer.least_reserve_s)
         return make_policy(policy, offer), offer
 
     @property

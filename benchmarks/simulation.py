@@ -149,6 +149,7 @@ def simulate(
             depth[row.order] = len(row.answered)
             right[row.order] = outcomes.right[row.answered][row.image]
             latency[row.order] = now + hardware.send_s - sent[row.order]
+            server.offer.profile.observe_send(hardware.send_s)
         counts["answered"] += len(decision.done)
         counts["expired"] += len(decision.expired)
         counts["refused"] += len(decision.refused)

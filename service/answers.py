@@ -39,11 +39,13 @@ OnAnswer = Callable[[int, RowAnswer], None]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A request's answer: one entry per row in the order they came, and where its time went. `spans` only for traces."""
+    """A request's answer: one entry per row in the order they came, and where its time went. It was final at `decided_s`
+    on the engine's clock. `spans` only for traces."""
 
     rows: tuple[RowAnswer, ...]
     queue_s: float
     compute_s: float
+    decided_s: float
     spans: tuple[Timed, ...] = ()
 
 

@@ -80,8 +80,10 @@ def open_call(
     return Call(served, wish, arrived_s, budget_ms)
 
 
-def count_answered(metrics: Metrics, call: Call, total_s: float) -> None:
-    """Count a call that was answered after `total_s`."""
+def count_answered(metrics: Metrics, call: Call, answer: Answer, total_s: float) -> None:
+    """Count a call that was answered after `total_s`, and let its model know how long sending took."""
+    if call.served.profile is not None:
+        call.served.profile.observe_send(call.arrived_s + total_s - answer.decided_s)
     name = call.served.name
     metrics.total_seconds.labels(name).observe(total_s)
     metrics.last_answer.labels(name).set_to_current_time()

@@ -46,9 +46,6 @@ from service.worker import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
 
-_NEVER_S = math.nextafter(math.inf, 0)
-"""Later than any deadline; finite, since policies have infinity for rows that have none."""
-
 
 @dataclass(slots=True, eq=False)
 class _Ticket:
@@ -170,7 +167,7 @@ class Engine:
         if self._loop_task is not None:
             await self._loop_task
         now = self.clock()
-        self._settle([policy.settle(now, _NEVER_S) for policy in self._scheduler.policies.values()])
+        self._settle([policy.settle(now, math.inf) for policy in self._scheduler.policies.values()], now)
         self._fail_all(NotReady("the server is shutting down"))
         if self._worker is not None:
             await asyncio.to_thread(self._worker.stop)
@@ -267,7 +264,7 @@ class Engine:
         decisions, model, batch = self._scheduler.decide(start)
         self.metrics.decision_seconds.observe(self.clock() - start)
         if batch is None or model is None:
-            self._settle(decisions)
+            self._settle(decisions, start)
             self._forget_retired(None)
             if self._audits:
                 for _ in range(min(self.max_batch, len(self._audits))):
@@ -282,7 +279,7 @@ class Engine:
         self.metrics.block_rows.labels(model.name).inc(len(rows) * len(batch.segment.nodes))
         job = self._job(model, batch, rows)
         running = worker.run(job)  # before answers are built, so that the thread need not wait for that
-        self._settle(decisions)
+        self._settle(decisions, start)
         self._forget_retired(model)
         try:
             try:
@@ -349,11 +346,11 @@ class Engine:
                     self._untold.append(row)
         self._scheduler.policies[model].finished(batch, confidences, now)
 
-    def _settle(self, decisions: Iterable[Decision]) -> None:
+    def _settle(self, decisions: Iterable[Decision], decided_s: float) -> None:
         """Deliver what is decided."""
         for decision in decisions:
             for row, stopped_by in cast(Sequence[tuple[_Row, StoppedBy]], decision.done):
-                self._deliver(row, stopped_by)
+                self._deliver(row, stopped_by, decided_s)
             for row in cast(Sequence[_Row], decision.expired):
                 self._fail([row], DeadlineExpired("the latency budget ran out in the queue, before any block had run"))
             for row in cast(Sequence[_Row], decision.refused):
@@ -369,7 +366,7 @@ class Engine:
         self._untold.clear()
         self.metrics.queue_rows.set(self._scheduler.waiting())
 
-    def _deliver(self, row: _Row, stopped_by: StoppedBy) -> None:
+    def _deliver(self, row: _Row, stopped_by: StoppedBy, decided_s: float) -> None:
         """A row has its final answer."""
         assert row.latest is not None
         ticket = row.ticket
@@ -379,7 +376,8 @@ class Engine:
             self._audit(row, stopped_by)
         if ticket is None:
             return
-        answer = replace(row.latest, stopped_by=stopped_by)
+        latest = row.latest
+        answer = RowAnswer(latest.label, latest.confidence, latest.probabilities, latest.path, stopped_by, latest.logits)
         ticket.answers[row.index] = answer
         self.metrics.answers.labels(row.model.name, len(answer.path), stopped_by).inc()
         if ticket.on_answer is not None:
@@ -392,7 +390,7 @@ class Engine:
             spans = ticket.spans
             if spans is not None:
                 spans.insert(0, Timed("queue", ticket.arrived_s, ticket.arrived_s + queue_s))
-            ticket.done.set_result(Answer(tuple(answers), queue_s, ticket.compute_s, tuple(spans or ())))
+            ticket.done.set_result(Answer(tuple(answers), queue_s, ticket.compute_s, decided_s, tuple(spans or ())))
 
     def _audit(self, row: _Row, stopped_by: StoppedBy) -> None:
         """Take a row that is to be audited, or an audit's own, one step further."""

@@ -64,7 +64,7 @@ async def answer_call(request: Request, ctx: Context, call: Call, x: Rows, *, pr
         raise
     served = call.served
     total_s = call.total_s
-    count_answered(ctx.metrics, call, total_s)
+    count_answered(ctx.metrics, call, answer, total_s)
     trace(ctx, request, call, answer.spans, 200)
     # A plain dict, serialised here: validating our own answer, once or as FastAPI would twice, costs more than the rest.
     content = {
@@ -108,7 +108,7 @@ async def predict_stream(model: str, body: StreamRequest, request: Request, ctx:
 
     def on_end(answer: Answer) -> StreamEnd:
         total_s = call.total_s
-        count_answered(ctx.metrics, call, total_s)
+        count_answered(ctx.metrics, call, answer, total_s)
         trace(ctx, request, call, answer.spans, 200)
         return StreamEnd(
             model=model,

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from family.tree import Path
 
 QUANTILE = 0.9
+SEND_QUANTILE = 0.95
 _WINDOW = 50
 _LEAST_RUNS, _MOST_RUNS, _CELL_S = 5, 30, 0.01
 
@@ -61,7 +62,8 @@ class LatencyProfile:
         self.parts = parts
         self.max_batch = parts.batches[-1]
         self._typical: dict[Segment, list[float]] = {}
-        self._ratios = [_Window() for _ in range(self.max_batch.bit_length() + 1)]
+        self._ratios = [_Window(QUANTILE) for _ in range(self.max_batch.bit_length() + 1)]
+        self._sends = _Window(SEND_QUANTILE, size=200, quantile=0.0)
 
     def typical_s(self, segment: Segment, rows: int) -> float:
         """The median at warm-up, between batch sizes interpolated; beyond the largest, as many of those as needed.
@@ -88,6 +90,16 @@ class LatencyProfile:
         if expected_s > 0:
             self._window(rows).add(took_s / expected_s)
 
+    @property
+    def send_s(self) -> float:
+        """What it takes as of late from the decision that an answer is final to handing the response over: the 0.95
+        quantile. On a busy machine that is more than the work: everybody waits for a processor."""
+        return self._sends.quantile
+
+    def observe_send(self, took_s: float) -> None:
+        """Learn that sending an answer took so long."""
+        self._sends.add(took_s)
+
     def ratio(self, rows: int) -> float:
         """By how much runs of about so many rows exceed their typical time, as a quantile."""
         return self._window(rows).quantile
@@ -110,19 +122,21 @@ class LatencyProfile:
 
 
 class _Window:
-    """The latest ratios and their quantile; before there are any, 1."""
+    """The latest values and a quantile of them; before there are any, what it began with."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float, size: int = _WINDOW, quantile: float = 1.0) -> None:
+        self._share = share
+        self._size = size
         self._latest: deque[float] = deque()
         self._sorted: list[float] = []
-        self.quantile = 1.0
+        self.quantile = quantile
 
-    def add(self, ratio: float) -> None:
-        if len(self._latest) == _WINDOW:
+    def add(self, value: float) -> None:
+        if len(self._latest) == self._size:
             del self._sorted[bisect_left(self._sorted, self._latest.popleft())]
-        self._latest.append(ratio)
-        insort(self._sorted, ratio)
-        self.quantile = self._sorted[min(int(QUANTILE * len(self._sorted)), len(self._sorted) - 1)]
+        self._latest.append(value)
+        insort(self._sorted, value)
+        self.quantile = self._sorted[min(int(self._share * len(self._sorted)), len(self._sorted) - 1)]
 
 
 Run = Callable[[Segment, int, bool], object]

@@ -99,7 +99,7 @@ async def infer(request: Request) -> Response:
         trace(ctx, request, call, (), error.status)
         raise
     total_s = call.total_s
-    count_answered(ctx.metrics, call, total_s)
+    count_answered(ctx.metrics, call, answer, total_s)
     trace(ctx, request, call, answer.spans, 200)
     header = _header(call, answer, message.id, total_s)
     coding = accepted_coding(request.headers.get("accept-encoding", ""))

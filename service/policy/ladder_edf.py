@@ -29,7 +29,7 @@ from service.policy.state import Batch, Decision, Offer, Row, Step, segment_betw
 from service.policy.wish import StoppedBy, Wish
 from service.profile import Segment
 
-_SHARE_OF_BUDGET = 0.3
+_SHARE_OF_BUDGET = 0.2
 _FORGETTING = 1.02  # the factor by which the tightest budget is relaxed with every arrival
 
 Queues = dict[Segment, SortedQueue[Row]]
@@ -108,12 +108,14 @@ class LadderEdf:
                 else:
                     if row.answered not in options:
                         options[row.answered] = self._price.options(row.answered)
-                    _, following = self._price.best(options[row.answered], 1 - confidence)
+                    left_s = row.deadline_s - now_s - self._offer.reserve_s
+                    _, following = self._price.best(options[row.answered], 1 - confidence, left_s)
                 if following is not None:
                     row.target = following
                     self._wait(row, now_s)
                     continue
-                stopped_by = "load"
+                worth_it = self._price.best(options[row.answered], 1 - confidence)[1] is not None
+                stopped_by = "budget" if worth_it else "load"
             self._done.append((row, stopped_by))
 
     def wake_s(self) -> float:
@@ -129,7 +131,7 @@ class LadderEdf:
     def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
         """See `Policy`."""
         decision = self.settle(now_s, now_s)
-        rows, segment = self._choose(now_s, spare_s)
+        rows, segment = self._choose(now_s, spare_s) if self._waiting else ([], None)
         if segment is None:
             self._price.idle(now_s)
             return decision
@@ -246,7 +248,7 @@ class LadderEdf:
 
     def _give_up(self, until_s: float, now_s: float, decision: Decision) -> None:
         """Answer rows whose next step would be too late at `until_s`; a patient row with a wish gets urgent instead."""
-        while self.wake_s() <= until_s:
+        while self.wake_s() <= until_s and self._until:
             row = heapq.heappop(self._until)[-1]
             assert row.place is not None
             assert row.answered is not None

@@ -26,11 +26,12 @@ often; the others are then right."""
 
 class Option(NamedTuple):
     """A step to the answer of `target`: it puts right `share` of the wrong answers, takes `cost_s` of the device per
-    row, and what follows is worth `then` to a row that is unsure there."""
+    row and at least `least_s` in all, and what follows is worth `then` to a row that is unsure there."""
 
     target: Path
     share: float
     cost_s: float
+    least_s: float
     then: float
 
 
@@ -68,18 +69,21 @@ class Price:
         then: dict[Path, float] = {}
         for place in reversed(range(len(climb))):
             at = climb[place]
-            options = [
-                Option(target, offer.gain(at, target, 0.0), self._cost_s(at, target), then[target])
-                for target in climb[place + 1 :]
-            ]
+            options = []
+            for target in climb[place + 1 :]:
+                least_s = offer.profile.latency_s(segment_between(at, target), 1)
+                option = Option(target, offer.gain(at, target, 0.0), self._cost_s(at, target), least_s, then[target])
+                options.append(option)
             then[at] = self.best(options, _COIN)[0]
         return options
 
-    def best(self, options: list[Option], wrong: float) -> tuple[float, Path | None]:
-        """The value of the best way on, net of the price, for a row whose answer is wrong with this probability, and
-        where it leads; none if no way is worth it."""
+    def best(self, options: list[Option], wrong: float, left_s: float = math.inf) -> tuple[float, Path | None]:
+        """The value of the best way on, net of the price, for a row whose answer is wrong with this probability and that
+        has so much time left, and where it leads; none if no way is worth it."""
         value, best = 0.0, None
         for option in options:
+            if option.least_s > left_s:
+                continue
             gain = option.share * wrong
             unsure = min(1.0, (wrong - gain) / _COIN)
             net = gain - self.per_second * option.cost_s + unsure * option.then

@@ -29,14 +29,14 @@ class Offer:
         front: the paths worth running whole, shallowest first; it ends at the reference path, too.
         accuracies: of all offered paths, on validation data.
         profile: how long segments take here.
-        reserve_s: time kept back from every budget to build and send the answer.
+        least_reserve_s: time kept back from every budget, at the least, to build and send the answer.
     """
 
     climb: tuple[Path, ...]
     front: tuple[Path, ...]
     accuracies: Mapping[Path, float]
     profile: LatencyProfile
-    reserve_s: float = 0.0
+    least_reserve_s: float = 0.0
 
     @staticmethod
     def of(manifest: Manifest, profile: LatencyProfile, reserve_s: float, min_depth: int = 1) -> Offer:
@@ -48,6 +48,11 @@ class Offer:
         accuracies = {path: accuracy for path, accuracy in manifest.accuracies.items() if len(path) >= min_depth}
         tree = manifest.tree
         return Offer(climb(tree, accuracies), pareto_front(tree, accuracies), accuracies, profile, reserve_s)
+
+    @property
+    def reserve_s(self) -> float:
+        """Time kept back from every budget: what sending answers takes as of late, if that is more than the least."""
+        return max(self.least_reserve_s, self.profile.send_s)
 
     @property
     def reference(self) -> Path:
