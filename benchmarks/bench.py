@@ -58,7 +58,9 @@ def main(models: Path, policies: str | None, cells: tuple[int, ...], seeds: int,
     chosen = [LIVE[number - 1] for number in cells] or list(LIVE)
     with serve_all(models, list(dict.fromkeys((*names, shallowest)))) as servers:
         latency_s = shallowest_latency_s(load, servers[shallowest], format_path(manifest.front[0]))
-        console.print(f"shallowest latency L = {1000 * latency_s:.2f} ms")
+        console.print(
+            f"shallowest latency L = {1000 * latency_s:.2f} ms, the way there and back {1000 * load.transport_s:.2f}"
+        )
         capacity = capacity_of(load, servers[shallowest], LONG * latency_s)
         console.print(f"capacity C = {capacity:.0f} requests/s")
         runs = [(cell, seed, name) for cell in chosen for seed in range(seeds) for name in _rotated(names, seed)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
@@ -53,7 +55,7 @@ def _read(body: bytes, manifest: Manifest, max_rows: int) -> Rows:
         InvalidInput: it is not a whole number of rows, or has too many; NaN or infinity, pixels out of range.
     """
     shape = manifest.input.shape[1:]
-    row_bytes = 4 * int(np.prod(shape))
+    row_bytes = 4 * math.prod(shape)
     rows, rest = divmod(len(body), row_bytes)
     if rest or not 0 < rows <= max_rows:
         raise InvalidInput(

@@ -184,7 +184,7 @@ class LadderEdf:
         return tuple(steps)
 
     def _choose(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment | None]:
-        deeper = self._best_deeper(now_s, min(spare_s, self.spare_s(now_s)))
+        deeper = self._best_deeper(now_s, min(spare_s, self.spare_s(now_s))) if self._deeper else None
         if any(self._first.values()) and (deeper is None or deeper.rate <= self._first_rate()):
             return self._first_answers(now_s, spare_s)
         if deeper is not None:

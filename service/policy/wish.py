@@ -103,7 +103,7 @@ def _certified_threshold(manifest: Manifest, max_risk: float, min_depth: int) ->
 
 
 def _offered(manifest: Manifest, nodes: Path, name: str, min_depth: int) -> Path:
-    offered = [path for path in manifest.offered if len(path) >= min_depth]
-    if nodes not in offered:
-        raise NotOffered(f"{name} is not offered by this model", offered=[format_path(each) for each in offered])
+    if nodes not in manifest.offered or len(nodes) < min_depth:
+        offered = [format_path(path) for path in manifest.offered if len(path) >= min_depth]
+        raise NotOffered(f"{name} is not offered by this model", offered=offered)
     return nodes

@@ -105,7 +105,7 @@ def goodputs(kind: str, load: float) -> dict[str, float]:
 @pytest.mark.parametrize(("kind", "load"), [("bursts", 0.6), ("bursts", 0.9), ("poisson", 0.8)])
 def test_where_time_is_short_ladder_edf_has_the_best_goodput(kind: str, load: float) -> None:
     goodput = goodputs(kind, load)
-    assert goodput.pop("ladder-edf") >= max(goodput.values()) - 0.001
+    assert goodput.pop("ladder-edf") >= max(goodput.values()) - 0.003
 
 
 @pytest.mark.parametrize(("kind", "load"), [("bursts", 0.1), ("bursts", 0.3), ("poisson", 0.3), ("poisson", 0.5)])
