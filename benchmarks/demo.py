@@ -50,7 +50,7 @@ def main(port: int, once: bool, config: Path) -> None:
     require_free(port)
     command = [sys.executable, "-m", "hbll", "serve", str(MODELS), "--port", str(port)]
     console.print(f"\n[bold]$ hbll {' '.join(command[3:])}")
-    with subprocess.Popen(command) as server:  # noqa: S603
+    with subprocess.Popen(command) as server:
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
                 wait_until_ready(client, server)
@@ -73,7 +73,7 @@ def main(port: int, once: bool, config: Path) -> None:
 def hbll(*arguments: str) -> None:
     """Run a command as a user would, and stop the demo if it fails."""
     console.print(f"\n[bold]$ hbll {' '.join(arguments)}")
-    status = subprocess.run([sys.executable, "-m", "hbll", *arguments], check=False).returncode  # noqa: S603
+    status = subprocess.run([sys.executable, "-m", "hbll", *arguments], check=False).returncode
     if status:
         raise click.ClickException(f"`hbll {arguments[0]}` ended with status {status}")
 

@@ -55,7 +55,7 @@ def main(folder: Path, requests: int, one: str | None, warm: bool) -> None:
         cells = [name, f"{weights:.1f}"]
         for flags in ([], ["--warm"]):
             command = [sys.executable, "-m", "benchmarks.memory", "--folder", str(folder), "--requests", str(requests)]
-            found = subprocess.run([*command, "--one", name, *flags], capture_output=True, text=True, check=True)  # noqa: S603
+            found = subprocess.run([*command, "--one", name, *flags], capture_output=True, text=True, check=True)
             grown = float(found.stdout.split()[-1])
             cells += [f"{grown:.1f}", f"{grown / weights:.2f}"]
         table.add_row(*cells)
