@@ -157,7 +157,7 @@ def write_report(base: RunConfig, jobs: Sequence[Job], records: Sequence[Record]
     text = markdown(base, jobs, rows)
     write_atomically(out / "comparison.csv", _csv(records).encode())
     write_atomically(out / "comparison.md", text.encode())
-    plot_comparison(_panels(rows), f"{base.name}: accuracy of the validation-best path", out / "comparison.png")
+    plot_comparison(_panels(rows), f"{base.name}: the validation-best path of each depth", out / "comparison.png")
     return text
 
 

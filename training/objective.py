@@ -48,10 +48,12 @@ def hbll_step(
 
     As published, the latent loss is the squared norm `||f_j(a_n) - stop_grad(z_j)||^2`, a sum over features, and c is 1/4:
     `over_features="sum", nudge=0.25`. Method `hbll` deviates from that in two points: the latent loss is a mean over
-    features (a little better for residual blocks in trials), and c is 0.5 (no measurable difference). Our reading in both:
-    the step has a minus sign, so that it lessens the disagreement with the right parent (the paper prints a plus); the
-    embedding, of which the paper says nothing, is trained by the root node's loss alone (training it from every node
-    that reads z_0 was unstable).
+    features (a little better for residual blocks in trials), and c is 0.5 (no measurable difference).
+
+    Our reading, in both: the step has a minus sign, so that it lessens the disagreement with the right parent (the paper
+    prints a plus). The embedding, of which the paper says nothing, is trained by the root node's loss alone (training it
+    from every node that reads z_0 was unstable). Where states are tokens, the norm is that of a token, averaged over
+    tokens: summed over these too it drowns the cross-entropy.
 
     Args:
         x: the family's input, `(batch, ...)`.
@@ -59,7 +61,7 @@ def hbll_step(
         nudge: c, on each example's own gradient.
         noise: sigma.
         generator: source of eps.
-        over_features: how the latent loss of a row is reduced over the features of a state.
+        over_features: how the latent loss is reduced over the features of a state (of a token).
     """
     tree, batch = family.tree, len(y)
     embedded = family.embed(x)
@@ -81,9 +83,9 @@ def hbll_step(
         if rights:
             predictions = family.blocks.run(family.blocks.of(rights), leaf[:-1])
             targets = states[2 * span : tree.n : 2 * span]
-            squares = F.mse_loss(predictions, targets, reduction="none").flatten(2)  # (nodes, batch, features)
-            latent = squares.mean(dim=2) if over_features == "mean" else squares.sum(dim=2)
-            loss = loss + latent.mean(dim=1).sum()
+            squares = F.mse_loss(predictions, targets, reduction="none")
+            latent = squares.mean(dim=-1) if over_features == "mean" else squares.sum(dim=-1)
+            loss = loss + latent.flatten(1).mean(dim=1).sum()  # over rows and tokens a mean, over nodes a sum
             evaluations += len(rights) * batch
         loss.backward()
         gradient = leaf.grad

@@ -95,7 +95,7 @@ def plot_comparison(panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, 
     """
     labels = dict.fromkeys(label for curves in panels.values() for label in curves if not label.startswith("bp"))
     colours = dict(zip(labels, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
-    figure, row = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), sharey=True, squeeze=False)
+    figure, row = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), sharey=True, squeeze=False)
     for axes, (name, curves) in zip(row[0], panels.items(), strict=True):
         for label, curve in curves.items():
             depths = sorted(curve)
@@ -112,7 +112,7 @@ def plot_comparison(panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, 
                 linewidth=1.4,
             )
         axes.set(xlabel="blocks run", title=name)
-        axes.legend(frameon=False, fontsize="small", loc="lower right")
+        axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
     row[0][0].set_ylabel("test accuracy, %")
     figure.suptitle(title)
     _write(figure, file)

@@ -57,7 +57,7 @@ def _node_by_node(
 ) -> float:
     """Algorithm 1 without stacking, leaves or tricks: ordinary autograd, one node after the other.
 
-    With `only`, just that node's loss is differentiated. `summed`: the latent loss is the squared norm, as in the paper.
+    With `only`, just that node's loss is differentiated. `summed`: the latent loss is the squared norm (of a token), as in the paper.
     The sum of the losses is returned.
     """
     tree = family.tree
@@ -76,8 +76,9 @@ def _node_by_node(
             if right == tree.n:
                 per_row = F.cross_entropy(family.head(a), y, reduction="none")
             else:
-                squares = (block(right, a) - states[right]).square().flatten(1)
-                per_row = squares.sum(dim=1) if summed else squares.mean(dim=1)
+                squares = (block(right, a) - states[right]).square()
+                squares = squares.sum(dim=-1) if summed else squares.mean(dim=-1)
+                per_row = squares.reshape(len(y), -1).mean(dim=1)
             losses[node] = per_row.mean()
             (gradient,) = torch.autograd.grad(per_row.sum(), a, retain_graph=True)
             states[node] = (a - nudge * gradient).detach()
