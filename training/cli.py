@@ -36,10 +36,11 @@ def _overrides(_context: click.Context, _option: click.Parameter, values: tuple[
 
 
 def _method_names(_context: click.Context, _option: click.Parameter, text: str) -> tuple[MethodName, ...]:
+    known: dict[str, MethodName] = {name: name for name in METHODS}
     names = dict.fromkeys(part.strip() for part in text.split(","))
-    if unknown := names.keys() - METHODS.keys():
+    if unknown := names.keys() - known.keys():
         raise click.BadParameter(f"there is no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
-    return tuple(name for name in METHODS if name in names)
+    return tuple(known[name] for name in names)
 
 
 def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:

@@ -182,6 +182,9 @@ def markdown(base: RunConfig, jobs: Sequence[Job], rows: Sequence[Row]) -> str:
         "be the best for each. `evaluations`: block evaluations per training image, of all networks of a row together. A "
         "seed that is missing diverged."
     )
+    if any(row.matched == "steps" for row in rows):
+        first = next(job.config.train.method for job in jobs if job.config.train.method != "bp")
+        note += f" Separate networks matched by steps take as many as `{first}` at equal work."
     return "\n".join([f"# {base.name}: methods compared", "", textwrap.fill(note, 120), "", *lines, ""])
 
 

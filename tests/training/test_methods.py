@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +14,7 @@ from training.config import DataConfig, MethodName, ResMlpConfig, RunConfig, Tra
 from training.data import Digits, load_digits
 from training.methods import METHODS, Context, steps_of, trained_paths
 from training.model import Family, build_family
-from training.objective import hbll_step
+from training.objective import Step, hbll_step
 from training.trainer import Report, train
 
 TREE = Tree(3)
@@ -98,6 +99,26 @@ def test_steps_are_counted_as_the_trainer_takes_them(tmp_path: Path, centred: Di
         steps: list[int] = []
         train(config, tmp_path / name, centred, lambda report, steps=steps: steps.append(report.step))
         assert len(steps) == steps_of(config, TREE, len(centred.train)), name
+
+
+def test_views_of_an_image_are_shifted_apart_and_keep_its_label(
+    tmp_path: Path, centred: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+
+    def keep(context: Context, x: torch.Tensor, y: torch.Tensor) -> Step:
+        batches.append((x, y))
+        return METHODS["bp"].step(context, x, y)
+
+    monkeypatch.setitem(METHODS, "cffm", replace(METHODS["cffm"], step=keep))
+    settings = _settings("cffm", blocks=1, batch=50, budget=0.03, evaluations=1)
+    train(RunConfig(model=ResMlpConfig(width=4), train=settings), tmp_path, centred, lambda _: None)
+    (x, y), *_ = batches
+    assert (len(x), len(y)) == (100, 100)
+    assert torch.equal(y[:50], y[50:])
+    apart = (x[:50] != x[50:]).flatten(1).any(dim=1)
+    assert apart.float().mean() > 0.9  # one in 81 gets the same shift twice
+    assert torch.allclose(x[:50].sum(dim=(1, 2)), x[50:].sum(dim=(1, 2)), rtol=0.2)
 
 
 @pytest.mark.parametrize(
