@@ -14,7 +14,7 @@ ARGS   ?=
 # onnxruntime-gpu where an NVIDIA driver is present, else its CPU twin.
 RUNTIME := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
 
-.PHONY: help install demo train evaluate export verify serve test lint type format openapi figures bench-family bench rehearse clean
+.PHONY: help install demo train compare evaluate export verify serve test lint type format openapi figures bench-family bench rehearse clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ demo: $(READY) ## train, export, serve and ask, on real digits; ONCE=1 exits ins
 
 train: $(READY) ## train a family (CONFIG=..., RUN=..., ARGS=...)
 	$(BIN)/hbll train --config $(CONFIG) --out $(RUN) $(ARGS)
+
+compare: $(READY) ## compare all training methods (CONFIG=..., ARGS=--seeds 0 ...)
+	$(BIN)/hbll compare --config $(CONFIG) $(ARGS)
 
 evaluate: $(READY) ## score every path of RUN
 	$(BIN)/hbll evaluate $(RUN) $(ARGS)

@@ -43,8 +43,8 @@ from training.checkpoint import Origin, Progress
 from training.config import IMAGE_SIDE, RunConfig
 from training.data import Digits, Split
 from training.evaluate import path_logits
+from training.methods import trained_paths
 from training.model import CLASSES, Family
-from training.trainer import trained_paths
 
 _MOST_PATHS_BY_DEFAULT = 32
 

@@ -104,6 +104,24 @@ class SigmoidBlocks(StackedBlocks):
         return torch.sigmoid(linear(states, weights["weight"], weights["bias"]))
 
 
+class ResidualBlocks(StackedBlocks):
+    """Pre-norm residual blocks of one hidden layer: `f(z) = z + gelu(LN(z) W1 + b1) W2 + b2`."""
+
+    def __init__(self, count: int, width: int, hidden: int, init: Init) -> None:
+        super().__init__(count, (width,))
+        self.norm_scale = nn.Parameter(torch.ones(count, width))
+        self.norm_shift = nn.Parameter(torch.zeros(count, width))
+        self.up_weight = nn.Parameter(init(count, width, hidden, fan_in=width))
+        self.up_bias = nn.Parameter(torch.zeros(count, hidden))
+        self.down_weight = nn.Parameter(init(count, hidden, width, fan_in=hidden))
+        self.down_bias = nn.Parameter(torch.zeros(count, width))
+
+    def run(self, weights: Weights, states: Tensor) -> Tensor:
+        normed = _layer_norm(states, weights["norm_scale"], weights["norm_shift"])
+        inner = F.gelu(linear(normed, weights["up_weight"], weights["up_bias"]))
+        return states + linear(inner, weights["down_weight"], weights["down_bias"])
+
+
 class TransformerBlocks(StackedBlocks):
     """Pre-norm transformer blocks: `z + attention(LN(z))`, then `z + MLP(LN(z))` with a GELU."""
 
@@ -142,4 +160,5 @@ def _layer_norm(states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     width = states.shape[-1:]
     if scale.ndim == 1:
         return F.layer_norm(states, width, scale, shift)
-    return torch.addcmul(shift[:, None, None], F.layer_norm(states, width), scale[:, None, None])
+    over_rows = (len(scale), *(1,) * (states.ndim - 2), *width)  # one scale and shift per block of the stack
+    return torch.addcmul(shift.reshape(over_rows), F.layer_norm(states, width), scale.reshape(over_rows))

@@ -1,8 +1,7 @@
-"""`hbll train` and `hbll evaluate`."""
+"""`hbll train`, `hbll compare` and `hbll evaluate`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -13,28 +12,73 @@ from rich.table import Table
 
 from family import tree as algebra
 from family.choice import best_by_depth, pareto_front, reference_path
-from training.checkpoint import CheckpointError, load_family, write_atomically
-from training.config import ConfigError, RunConfig, load_config
-from training.data import Digits, load_digits
-from training.evaluate import PathScore, score_paths
-from training.model import Family
+from training import compare as comparison
+from training.checkpoint import CheckpointError, load_family
+from training.config import ConfigError, MethodName, RunConfig, dump_config, load_config, parse_override
+from training.data import TRAINING_IMAGES, Digits, load_digits
+from training.evaluate import METRICS_FILE, PathScore, measure, write_metrics
+from training.methods import METHODS, steps_of, trained_paths
+from training.model import Family, build_family
 from training.plots import plot_accuracy_over_depth, plot_history
-from training.trainer import LOG_FILE, History, Report, TrainingDiverged, trained_paths
+from training.trainer import LOG_FILE, History, Report, TrainingDiverged
 from training.trainer import train as run_training
 
 console = Console()
 
+_METHODS = "\b\nMethods:\n" + "\n".join(f"  {name:12} {method.summary}" for name, method in METHODS.items())
 
-@click.command()
-@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file; defaults: digits.")
+
+def _overrides(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, object]:
+    try:
+        return dict(map(parse_override, values))
+    except ConfigError as exc:
+        raise click.BadParameter(str(exc)) from exc
+
+
+def _method_names(_context: click.Context, _option: click.Parameter, text: str) -> tuple[MethodName, ...]:
+    known: dict[str, MethodName] = {name: name for name in METHODS}
+    names = dict.fromkeys(part.strip() for part in text.split(","))
+    if unknown := names.keys() - known.keys():
+        raise click.BadParameter(f"there is no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    return tuple(known[name] for name in names)
+
+
+def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as exc:
+        raise click.BadParameter(f"expected numbers with commas between them, got {text!r}") from exc
+
+
+_config = click.option(
+    "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file; defaults: digits."
+)
+_budget = click.option("--budget", type=float, help="Block evaluations per training image; overrides train.budget.")
+_set = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    callback=_overrides,
+    metavar="KEY=VALUE",
+    help="Overrides any key of the configuration, like train.lr=1e-3. Can be repeated.",
+)
+_threads = click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads of one operation."
+)
+
+
+@click.command(epilog=_METHODS)
+@_config
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/digits"), show_default=True)
-@click.option("--method", type=click.Choice(["hbll+chains", "hbll", "chains", "bp"]), help="Overrides train.method.")
-@click.option("--blocks", type=int, help="With --method bp: blocks of the one network that is trained.")
+@click.option("--method", type=click.Choice(list(METHODS)), help="Overrides train.method.")
+@click.option("--blocks", type=int, help="With bp or cffm: blocks of the one network that is trained.")
 @click.option("--hbll-share", type=float, help="With hbll+chains: share of the budget that HBLL steps take, 0..1.")
 @click.option("--seed", type=int, help="Overrides train.seed.")
-@click.option("--budget", type=float, help="Block evaluations per training image; overrides train.budget.")
+@_budget
+@_set
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads of one operation.")
+@click.option("--dry-run", is_flag=True, help="Print the configuration, the model's size and the work, and exit.")
+@_threads
 def train(
     config: Path | None,
     out: Path,
@@ -43,17 +87,12 @@ def train(
     hbll_share: float | None,
     seed: int | None,
     budget: float | None,
+    settings: dict[str, object],
     resume: bool,
+    dry_run: bool,
     threads: int,
 ) -> None:
     """Train a family of subnetworks that share one set of weights.
-
-    \b
-    Methods:
-      hbll+chains  HBLL steps for a share of the budget, mixed with sampled chains for the rest (default)
-      hbll         Hierarchical Block-Local Learning alone: no gradient leaves a block and its right parent
-      chains       backpropagation through one sampled path a step, with every exit on the way
-      bp           one ordinary network of --blocks blocks, the baseline
 
     The folder --out gets config.json, checkpoint.safetensors, log.csv, TensorBoard events and, at the end,
     metrics.json and plots. A killed run goes on with --resume.
@@ -63,18 +102,70 @@ def train(
       hbll train
       hbll train --method bp --blocks 3 --budget 90 --out runs/bp3
       hbll train --config training/configs/mlp.toml --out runs/mlp
+      hbll train --config training/configs/resmlp.toml --set model.width=96 --set train.lr=2e-3 --dry-run
     """
-    overrides = {"method": method, "blocks": blocks, "hbll_share": hbll_share, "seed": seed, "budget": budget}
-    given: dict[str, object] = {key: value for key, value in overrides.items() if value is not None}
+    flags = {"method": method, "blocks": blocks, "hbll_share": hbll_share, "seed": seed, "budget": budget}
+    given: dict[str, object] = {f"train.{key}": value for key, value in flags.items() if value is not None}
     torch.set_num_threads(threads)
     try:
-        run = load_config(config, {"train": given})
+        run = load_config(config, given | settings)
+        if dry_run:
+            _describe(run)
+            return
         data = load_digits(run.data.shift)
         family = _train_with_bar(run, out, data, resume)
     except (ConfigError, CheckpointError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
     _report(run, family, data, out)
+
+
+@click.command(epilog=_METHODS)
+@_config
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/compare"), show_default=True)
+@click.option(
+    "--methods", default=",".join(METHODS), callback=_method_names, help="With commas between them.  [default: all]"
+)
+@click.option("--seeds", default="0,1,2", show_default=True, callback=_numbers, help="With commas between them.")
+@_budget
+@_set
+@_threads
+def compare(
+    config: Path | None,
+    out: Path,
+    methods: tuple[MethodName, ...],
+    seeds: tuple[int, ...],
+    budget: float | None,
+    settings: dict[str, object],
+    threads: int,
+) -> None:
+    """Train several methods over several seeds, at equal work and at equal epochs, and report accuracy over blocks.
+
+    Every method but bp trains one family: for all of --budget, and for as many epochs as separate networks of 1..D and of
+    all blocks get when they share --budget. These networks are what bp means here; they are also trained for as many
+    steps as the first of the other methods.
+
+    The folder --out gets comparison.md, comparison.csv, comparison.png, and the runs. A run that is finished is not
+    repeated and one that was killed goes on: give the same command again. Processes with different --seeds can share
+    an --out; a last call with all seeds then reports them together.
+
+    \b
+    Examples:
+      hbll compare --config training/configs/digits.toml
+      hbll compare --methods hbll+chains,exits,bp --seeds 0 --budget 13 --out runs/smoke
+    """
+    torch.set_num_threads(threads)
+    given: dict[str, object] = {} if budget is None else {"train.budget": budget}
+    try:
+        base = load_config(config, given | settings)
+        jobs = comparison.plan(base, methods, seeds, TRAINING_IMAGES)
+        data = load_digits(base.data.shift)
+        records = _run_with_bar(jobs, out, data)
+        text = comparison.write_report(base, jobs, records, out)
+    except (ConfigError, CheckpointError, ValueError) as exc:
+        raise click.ClickException(str(exc)) from exc
+    click.echo(text)
+    console.print(f"wrote comparison.md, comparison.csv and comparison.png in {out}")
 
 
 @click.command()
@@ -125,41 +216,92 @@ def _accuracy_line(tree: algebra.Tree, scores: dict[algebra.Path, PathScore]) ->
     return "  ".join(f"{depth}:{100 * scores[path].accuracy:.1f}" for depth, path in best.items()) + " %"
 
 
+def _run_with_bar(jobs: list[comparison.Job], out: Path, data: Digits) -> list[comparison.Record]:
+    """All runs of a comparison; one that diverges is named and left out."""
+    work = sum(job.config.train.budget for job in jobs) * len(data.train)
+    console.print(f"{len(jobs)} runs, {work / 1e6:.1f} million block evaluations")
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    records: list[comparison.Record] = []
+    with Progress(*columns, console=console, refresh_per_second=4) as bar:
+        task = bar.add_task("comparing", total=work)
+        done = 0.0
+        for index, job in enumerate(jobs):
+            of_run = job.config.train.budget * len(data.train)
+            bar.update(task, description=f"{index + 1}/{len(jobs)} {job.name}")
+
+            def on_step(report: Report, done: float = done, of_run: float = of_run) -> None:
+                bar.update(task, completed=done + of_run * report.share)
+
+            try:
+                found = comparison.run(job, out, data, on_step)
+                records += found
+                reference = max(found, key=lambda record: record.validation_accuracy)
+                console.print(f"{job.name}: {100 * reference.test_accuracy:.1f} % on path {reference.path}")
+            except TrainingDiverged as exc:
+                console.print(f"{job.name}: [red]left out:[/red] {exc}")
+            done += of_run
+            bar.update(task, completed=done)
+    return records
+
+
+def _describe(run: RunConfig) -> None:
+    """Print what `hbll train` would do: the configuration as TOML, the model's size, the work."""
+    family = build_family(run.model, run.train.seed)
+    tree, method = family.tree, METHODS[run.train.method]
+    embed, blocks, head = (sum(p.numel() for p in part.parameters()) for part in (family.embed, family.blocks, family.head))
+    steps = steps_of(run, tree, TRAINING_IMAGES)
+    of_an_image = method.evaluations(run.train, tree)
+    paths = method.paths(run.train, tree) if method.paths else None
+    click.echo(dump_config(run))
+    click.echo(f"# method: {method.summary}")
+    click.echo(f"# paths trained: {len(paths) if paths else tree.count_paths()} of {tree.count_paths()}")
+    click.echo(
+        f"# parameters: {embed + blocks + head:,}, which is {embed:,} of the embedding, {len(tree.nodes)} x "
+        f"{blocks // len(tree.nodes):,} of the blocks, {head:,} of the head"
+    )
+    click.echo(
+        f"# work: {run.train.budget * TRAINING_IMAGES:,.0f} block evaluations, {of_an_image:.4g} an image on average; "
+        f"about {steps:,} steps, {steps * run.train.batch / TRAINING_IMAGES:.1f} epochs"
+    )
+
+
 def _report(run: RunConfig, family: Family, data: Digits, out: Path) -> None:
     """Score all trained paths, print the table, write metrics.json and the plot."""
     tree = family.tree
-    paths = trained_paths(run, tree, tuple(tree.paths()))
-    validation, test = (score_paths(family, split, paths) for split in (data.validation, data.test))
-    accuracies = {path: result.accuracy for path, result in validation.items()}
+    metrics = measure(family, data, trained_paths(run, tree, tuple(tree.paths())))
+    accuracies = {path: result.validation.accuracy for path, result in metrics.items()}
     front, reference = set(pareto_front(tree, accuracies)), reference_path(tree, accuracies)
-    best = set(best_by_depth(tree, accuracies).values())
-    table = Table(title=f"{run.name}: {len(paths)} path(s), {run.train.method}, seed {run.train.seed}")
+    table = Table(title=f"{run.name}: {len(metrics)} path(s), {run.train.method}, seed {run.train.seed}")
     for column in ("path", "depth", "validation %", "test %", ""):
         table.add_column(column, justify="left" if column in ("path", "") else "right")
-    for path in sorted(paths, key=lambda path: (len(path), path)):
+    for path, result in metrics.items():
         note = (
-            "reference" if path == reference else "Pareto" if path in front else "best of its depth" if path in best else ""
+            "reference"
+            if path == reference
+            else "Pareto"
+            if path in front
+            else "best of its depth"
+            if result.best_of_depth
+            else ""
         )
         table.add_row(
             algebra.format_path(path),
-            str(len(path)),
-            f"{100 * validation[path].accuracy:.1f}",
-            f"{100 * test[path].accuracy:.1f}",
+            str(result.depth),
+            f"{100 * result.validation.accuracy:.1f}",
+            f"{100 * result.test.accuracy:.1f}",
             note,
         )
     console.print(table)
-    metrics = {
-        algebra.format_path(path): {
-            "depth": len(path),
-            "best_of_depth": path in best,
-            "validation": {"accuracy": validation[path].accuracy, "loss": validation[path].loss},
-            "test": {"accuracy": test[path].accuracy, "loss": test[path].loss},
-        }
-        for path in paths
-    }
-    write_atomically(out / "metrics.json", json.dumps(metrics, indent=2).encode())
-    test_accuracies = {path: result.accuracy for path, result in test.items()}
+    write_metrics(out, metrics)
+    test_accuracies = {path: result.test.accuracy for path, result in metrics.items()}
     plot_accuracy_over_depth(
         tree, test_accuracies, f"{run.name}: test accuracy of every path", out / "accuracy_over_depth.png"
     )
-    console.print(f"wrote {out}/metrics.json and {out}/accuracy_over_depth.png")
+    console.print(f"wrote {out}/{METRICS_FILE} and {out}/accuracy_over_depth.png")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 IMAGE_SIDE = 28
 """Pixels; of the only data set so far."""
 
-Method = Literal["hbll+chains", "hbll", "chains", "bp"]
+MethodName = Literal["hbll+chains", "hbll", "hbll-paper", "chains", "paths", "exits", "cffm", "bp"]
+"""What each does is in `training.methods`."""
 
 
 class ConfigError(ValueError):
@@ -22,13 +25,16 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class VitConfig(_Section):
-    """A pre-norm Vision Transformer on square grey images."""
-
-    kind: Literal["vit"] = "vit"
+class _FamilyConfig(_Section):
     hierarchy_depth: int = Field(
         3, ge=1, le=4, description="D; 2**D - 1 blocks. From 5 on there are too many paths to score"
     )
+
+
+class VitConfig(_FamilyConfig):
+    """A pre-norm Vision Transformer on square grey images."""
+
+    kind: Literal["vit"] = "vit"
     patch: int = Field(7, ge=1, description="side of a square patch in pixels; must divide the image side")
     width: int = Field(48, ge=1, description="features of a token")
     heads: int = Field(2, ge=1, description="attention heads; must divide the width")
@@ -43,14 +49,22 @@ class VitConfig(_Section):
         return self
 
 
-class MlpConfig(_Section):
+class MlpConfig(_FamilyConfig):
     """The sigmoid MLP of the paper's MNIST experiment: no residuals, no normalisation."""
 
     kind: Literal["mlp"] = "mlp"
-    hierarchy_depth: int = Field(
-        3, ge=1, le=4, description="D; 2**D - 1 blocks. From 5 on there are too many paths to score"
-    )
     width: int = Field(100, ge=1, description="units of every layer")
+
+
+class ResMlpConfig(_FamilyConfig):
+    """A residual MLP: pre-norm blocks of one hidden layer, on all pixels at once."""
+
+    kind: Literal["resmlp"] = "resmlp"
+    width: int = Field(64, ge=1, description="features of the state")
+    hidden: int = Field(128, ge=1, description="hidden features of a block")
+
+
+ModelConfig = VitConfig | MlpConfig | ResMlpConfig
 
 
 class DataConfig(_Section):
@@ -63,8 +77,10 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """How a family is trained."""
 
-    method: Method = Field("hbll+chains", description="hbll+chains | hbll | chains | bp")
-    blocks: int | None = Field(None, ge=1, description="with method bp: the number of blocks of the one network")
+    method: MethodName = Field("hbll+chains", description=" | ".join(get_args(MethodName)))
+    blocks: int | None = Field(
+        None, ge=1, description="blocks of the one network that bp or cffm trains; none: cffm trains all, bp must have it"
+    )
     hbll_share: float = Field(0.1, ge=0, le=1, description="hbll+chains: the share of the budget that HBLL steps take")
     budget: float = Field(
         390, gt=0, description="block evaluations per training image (one: a block forward and backward on one row)"
@@ -76,14 +92,18 @@ class TrainConfig(_Section):
     lr: float = Field(4e-3, gt=0, description="peak of AdamW's rate, after the warm-up and before the cosine to zero")
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
-    nudge: float = Field(0.5, ge=0, description="c of HBLL's posterior step (eq. 31), on each example's own gradient")
+    nudge: float = Field(
+        0.5, ge=0, description="c of HBLL's posterior step (eq. 31), on each example's own gradient; hbll-paper: always 1/4"
+    )
     noise: float = Field(0.0, ge=0, description="sigma of HBLL's posterior sample")
     evaluations: int = Field(10, ge=1, description="how often in a run the paths are validated and a checkpoint written")
 
     @model_validator(mode="after")
-    def _blocks_go_with_bp(self) -> TrainConfig:
-        if (self.blocks is not None) != (self.method == "bp"):
-            raise ValueError("`blocks` goes with method bp, and method bp needs it (`--method bp --blocks 3`)")
+    def _blocks_go_with_one_network(self) -> TrainConfig:
+        if self.blocks is None and self.method == "bp":
+            raise ValueError("method bp needs `blocks`, the number of blocks of its one network (`--method bp --blocks 3`)")
+        if self.blocks is not None and self.method not in ("bp", "cffm"):
+            raise ValueError(f"`blocks` goes with methods bp and cffm, which train one network, not with {self.method}")
         return self
 
 
@@ -91,9 +111,14 @@ class RunConfig(_Section):
     """Everything that determines a run."""
 
     name: str = Field("digits", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="the model's name when it is served")
-    model: Annotated[VitConfig | MlpConfig, Field(discriminator="kind")] = VitConfig()
+    model: Annotated[ModelConfig, Field(discriminator="kind")] = VitConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _is_a_vit_unless_said(cls, raw: object) -> object:
+        return {"kind": "vit"} | raw if isinstance(raw, dict) else raw
 
     @model_validator(mode="after")
     def _blocks_exist(self) -> RunConfig:
@@ -103,8 +128,8 @@ class RunConfig(_Section):
         return self
 
 
-def load_config(path: Path | None, overrides: dict[str, dict[str, object]] | None = None) -> RunConfig:
-    """Read a TOML file (none: all defaults) and lay `overrides`, `{section: {key: value}}`, over it.
+def load_config(path: Path | None, overrides: Mapping[str, object] | None = None) -> RunConfig:
+    """Read a TOML file (none: all defaults) and lay `overrides`, by dotted keys like `train.lr`, over it.
 
     Raises:
         ConfigError: the file is missing or no TOML, or a key or value is wrong.
@@ -115,11 +140,42 @@ def load_config(path: Path | None, overrides: dict[str, dict[str, object]] | Non
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
             raise ConfigError(f"cannot read the configuration {path}: {exc}") from exc
-    for section, values in (overrides or {}).items():
-        current = raw.setdefault(section, {})
-        if isinstance(current, dict):
-            current.update(values)
+    for key, value in (overrides or {}).items():
+        *sections, name = key.split(".")
+        current = raw
+        for section in sections:
+            below = current.setdefault(section, {})
+            if not isinstance(below, dict):
+                raise ConfigError(f"cannot set {key}: {section} is {below!r}, not a section")
+            current = below
+        current[name] = value
     return parse_config(raw, str(path or "the configuration"))
+
+
+def parse_override(text: str) -> tuple[str, object]:
+    """Read `train.lr=1e-3` as a dotted key and a value: a TOML value where it is one, else the text itself.
+
+    Raises:
+        ConfigError: there is no key or no `=`.
+    """
+    key, equals, value = text.partition("=")
+    key, value = key.strip(), value.strip()
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"expected key=value like train.lr=1e-3, got {text!r}")
+    try:
+        parsed: object = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    return key, parsed
+
+
+def dump_config(config: RunConfig) -> str:
+    """Write a configuration as the TOML that `load_config` reads back."""
+    lines = [f"name = {json.dumps(config.name)}"]
+    for section in ("model", "data", "train"):
+        values = getattr(config, section).model_dump(exclude_none=True)
+        lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
 
 
 def parse_config(raw: object, source: str) -> RunConfig:

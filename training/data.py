@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SPLIT_PER_CLASS = {"train": 300, "validation": 50, "certification": 50, "test": 100}
+TRAINING_IMAGES = 10 * SPLIT_PER_CLASS["train"]
 _SPLIT_SEED = 20260619
 """Fixes which image is in which split and how the held-out ones are shifted; never a run's seed."""
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from family.tree import Path, Tree
-from training.blocks import Init, SigmoidBlocks, StackedBlocks, TransformerBlocks, uniform_init
-from training.config import IMAGE_SIDE, MlpConfig, VitConfig
+from training.blocks import Init, ResidualBlocks, SigmoidBlocks, StackedBlocks, TransformerBlocks, uniform_init
+from training.config import IMAGE_SIDE, MlpConfig, ModelConfig, ResMlpConfig, VitConfig
 
 CLASSES = 10
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081
@@ -85,31 +85,38 @@ class FlatEmbed(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """State -> logits. A state of tokens is normalised and averaged over them first."""
+    """State -> logits. With `norm` the state is normalised first; with `pool`, then averaged over its tokens."""
 
-    def __init__(self, width: int, classes: int, init: Init, *, pool: bool) -> None:
+    def __init__(self, width: int, classes: int, init: Init, *, norm: bool = False, pool: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width) if pool else None
+        self.norm = nn.LayerNorm(width) if norm else None
+        self.pool = pool
         self.weight = nn.Parameter(init(classes, width, fan_in=width))
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def forward(self, state: Tensor) -> Tensor:
         if self.norm is not None:
-            state = self.norm(state).mean(dim=-2)
+            state = self.norm(state)
+        if self.pool:
+            state = state.mean(dim=-2)
         return F.linear(state, self.weight, self.bias)
 
 
-def build_family(config: VitConfig | MlpConfig, seed: int) -> Family:
+def build_family(config: ModelConfig, seed: int) -> Family:
     """A freshly initialised family on the CPU; equal configurations and seeds give equal weights."""
     generator = torch.Generator().manual_seed(seed)
     init = uniform_init(generator)
     tree = Tree(config.hierarchy_depth)
     count = len(tree.nodes)
     blocks: StackedBlocks
-    if isinstance(config, VitConfig):
-        embed = PatchEmbed(IMAGE_SIDE, config.patch, config.width, init, generator)
-        blocks = TransformerBlocks(count, embed.tokens, config.width, config.heads, config.hidden, init)
-        return Family(tree, embed, blocks, LinearHead(config.width, CLASSES, init, pool=True))
-    blocks = SigmoidBlocks(count, config.width, init)
+    match config:
+        case VitConfig():
+            patches = PatchEmbed(IMAGE_SIDE, config.patch, config.width, init, generator)
+            blocks = TransformerBlocks(count, patches.tokens, config.width, config.heads, config.hidden, init)
+            return Family(tree, patches, blocks, LinearHead(config.width, CLASSES, init, norm=True, pool=True))
+        case ResMlpConfig():
+            blocks, norm = ResidualBlocks(count, config.width, config.hidden, init), True
+        case MlpConfig():
+            blocks, norm = SigmoidBlocks(count, config.width, init), False
     flat = FlatEmbed(IMAGE_SIDE, config.width, init)
-    return Family(tree, flat, blocks, LinearHead(config.width, CLASSES, init, pool=False))
+    return Family(tree, flat, blocks, LinearHead(config.width, CLASSES, init, norm=norm))

@@ -88,6 +88,36 @@ def plot_history(rows: Sequence[Mapping[str, str]], file: Path) -> None:
     _write(figure, file)
 
 
+def plot_comparison(panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]], title: str, file: Path) -> None:
+    """Accuracy over blocks, a panel for each kind of budget: panel -> label -> blocks -> (mean, standard error), 0..1.
+
+    A label has the same colour in all panels; separate networks, whose label begins with `bp`, are dashed and grey.
+    """
+    labels = dict.fromkeys(label for curves in panels.values() for label in curves if not label.startswith("bp"))
+    colours = dict(zip(labels, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    figure, row = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5), sharey=True, squeeze=False)
+    for axes, (name, curves) in zip(row[0], panels.items(), strict=True):
+        for label, curve in curves.items():
+            depths = sorted(curve)
+            axes.errorbar(
+                depths,
+                [100 * curve[depth][0] for depth in depths],
+                yerr=[100 * curve[depth][1] for depth in depths],
+                label=label,
+                color=colours.get(label, INK if "steps" in label else QUIET),
+                linestyle="-" if label in colours else "--",
+                marker="o",
+                markersize=4,
+                capsize=2,
+                linewidth=1.4,
+            )
+        axes.set(xlabel="blocks run", title=name)
+        axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
+    row[0][0].set_ylabel("test accuracy, %")
+    figure.suptitle(title)
+    _write(figure, file)
+
+
 def _write(figure: Figure, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)

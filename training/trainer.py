@@ -33,8 +33,8 @@ from training.checkpoint import (
 from training.config import ConfigError, RunConfig, TrainConfig
 from training.data import Digits, shift_images
 from training.evaluate import PathScore, score_paths, watched_paths
+from training.methods import METHODS, Context, trained_paths
 from training.model import Family, build_family
-from training.objective import Step, chain_step, hbll_probability, hbll_step, path_step, sample_chain
 
 LOG_FILE = "log.csv"
 
@@ -89,8 +89,8 @@ def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report]
         CheckpointError: the checkpoint to resume from is damaged.
         TrainingDiverged: the loss is not finite.
     """
-    settings = config.train
-    batches = _Batches(settings, data, config.data.shift)
+    settings, method = config.train, METHODS[config.train.method]
+    batches = _Batches(settings, data, config.data.shift, method.views)
     family = build_family(config.model, settings.seed)
     _claim(run, config, resume)
     optimizer = torch.optim.AdamW(family.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
@@ -109,7 +109,7 @@ def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, progress.steps, share)
             optimizer.zero_grad(set_to_none=False)
-            step = take_step(settings, family, x, y, rng, generator)
+            step = method.step(Context(settings, family, rng, generator), x, y)
             loss = step.loss.item()
             _require_finite(loss, "loss", progress.steps)
             optimizer.step()
@@ -142,37 +142,17 @@ def learning_rate(settings: TrainConfig, step: int, share: float) -> float:
     return settings.lr * warmup * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def take_step(
-    settings: TrainConfig, family: Family, x: Tensor, y: Tensor, rng: np.random.Generator, generator: torch.Generator
-) -> Step:
-    """One step of the configured method."""
-    method = settings.method
-    if method == "bp":
-        return path_step(family, bp_path(family.tree, settings.blocks or 0), x, y)
-    share = {"hbll": 1.0, "chains": 0.0}.get(method, settings.hbll_share)
-    if rng.random() < hbll_probability(family.tree, share):
-        return hbll_step(family, x, y, nudge=settings.nudge, noise=settings.noise, generator=generator)
-    return chain_step(family, sample_chain(family.tree, rng), x, y)
-
-
-def bp_path(tree: algebra.Tree, blocks: int) -> algebra.Path:
-    """The blocks that the separate network of `blocks` blocks is made of: a ladder's rung where there is one."""
-    return tree.ladder[blocks - 1] if blocks <= tree.hierarchy_depth else tree.path_at(blocks, 0)
-
-
-def trained_paths(config: RunConfig, tree: algebra.Tree, paths: tuple[algebra.Path, ...]) -> tuple[algebra.Path, ...]:
-    """Those of `paths` that the run trains: all, but for the one network of method bp."""
-    return (bp_path(tree, config.train.blocks),) if config.train.blocks else paths
-
-
 class _Batches:
-    """The batch of any step: epochs are permutations drawn from (seed, epoch), shifts are drawn per step."""
+    """The batch of any step: epochs are permutations drawn from (seed, epoch), shifts are drawn per step.
 
-    def __init__(self, settings: TrainConfig, data: Digits, shift: int) -> None:
+    With `views` above 1 each image of the batch comes that often, each time with a shift of its own.
+    """
+
+    def __init__(self, settings: TrainConfig, data: Digits, shift: int, views: int) -> None:
         if settings.batch > len(data.train):
             raise ConfigError(f"train.batch must be at most the {len(data.train)} training images, got {settings.batch}")
         self._seed, self._size, self._shift = settings.seed, settings.batch, shift
-        self._train = data.train
+        self._train, self._views = data.train, views
         self._steps = len(data.train) // settings.batch
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
@@ -181,7 +161,7 @@ class _Batches:
         if epoch != self._epoch:
             order = np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._train))
             self._epoch, self._order = epoch, torch.from_numpy(order)
-        rows = self._order[index * self._size : (index + 1) * self._size]
+        rows = self._order[index * self._size : (index + 1) * self._size].repeat(self._views)
         return shift_images(self._train.images[rows], self._shift, rng), self._train.labels[rows]
 
 

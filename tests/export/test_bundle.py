@@ -26,9 +26,11 @@ from family.manifest import BundleError, check_files, load_manifest
 from family.tree import InvalidPath, Tree, format_path
 from tests.conftest import Trained
 from training.checkpoint import Origin, Progress, load_family, load_origin
-from training.config import MlpConfig, RunConfig, TrainConfig
+from training.config import MlpConfig, ResMlpConfig, RunConfig, TrainConfig
 from training.data import Digits
+from training.evaluate import score_paths
 from training.model import build_family
+from training.trainer import train
 
 
 def test_the_bundle_is_whole_and_holds_every_path(trained: Trained) -> None:
@@ -203,6 +205,23 @@ def test_the_sigmoid_network_exports_too(depth: int, digits: Digits, tmp_path: P
     family = build_family(config.model, seed=1)
     exported = export_bundle(config, family, Progress(), Origin.here(), digits, tmp_path / "1")
     assert len(exported.differences) == Tree(depth).count_paths()
+
+
+def test_a_trained_residual_network_exports_in_all_forms(digits: Digits, tmp_path: Path) -> None:
+    """Path graphs, the gated graph whole and continued, and torch agree; the manifest's accuracies are the family's."""
+    config = RunConfig(
+        model=ResMlpConfig(hierarchy_depth=2, width=16, hidden=24),
+        train=TrainConfig(method="chains", budget=6, batch=64, lr=3e-3, evaluations=1),
+    )
+    family = train(config, tmp_path / "run", digits, lambda _: None)
+    loaded = (*load_family(tmp_path / "run"), load_origin(tmp_path / "run"))
+    exported = export_bundle(*loaded, digits, tmp_path / "1")
+    assert len(exported.differences) == 4
+    assert all(max(d.gated, d.continued, d.torch) < 1e-5 for d in exported.differences if d.torch is not None)
+    scores = score_paths(family, digits.test, Tree(2).paths())
+    accuracies = {path: entry.test.accuracy for path, entry in exported.manifest.offered.items()}
+    assert accuracies == pytest.approx({path: result.accuracy for path, result in scores.items()}, abs=0.001)
+    assert min(accuracies.values()) > 0.2
 
 
 def test_a_single_network_exports_its_one_path(digits: Digits, tmp_path: Path) -> None:

@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from training.config import ConfigError, RunConfig, TrainConfig, load_config
+from training.config import (
+    ConfigError,
+    DataConfig,
+    MlpConfig,
+    ResMlpConfig,
+    RunConfig,
+    TrainConfig,
+    VitConfig,
+    dump_config,
+    load_config,
+    parse_override,
+)
 
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.toml"))
 
@@ -25,8 +36,9 @@ def test_the_shipped_digits_are_the_defaults() -> None:
         ("[train]\nlr = -1", r"train.lr: Input should be greater than 0"),
         ("[model]\nkind = 'cnn'", r"model: Input tag 'cnn'"),
         ("[model]\nkind = 'vit'\nheads = 5", r"heads must divide width, got width 48 and heads 5"),
-        ("[train]\nmethod = 'bp'", r"method bp needs it"),
-        ("[train]\nblocks = 3", r"`blocks` goes with method bp"),
+        ("[train]\nmethod = 'bp'", r"method bp needs `blocks`"),
+        ("[train]\nblocks = 3", r"`blocks` goes with methods bp and cffm, which train one network, not with hbll\+chains"),
+        ("[train]\nmethod = 'cffm'\nblocks = 8", r"train.blocks must be in 1..7"),
         ("[train]\nmethod = 'bp'\nblocks = 8", r"train.blocks must be in 1..7"),
         ("not toml", r"cannot read the configuration"),
         ("train = 3", r"train: Input should be a valid"),
@@ -42,6 +54,48 @@ def test_a_wrong_configuration_names_the_key(tmp_path: Path, text: str, message:
 def test_flags_lie_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text("[train]\nseed = 1\nlr = 0.5")
-    config = load_config(file, {"train": {"seed": 7}})
+    config = load_config(file, {"train.seed": 7})
     assert (config.train.seed, config.train.lr) == (7, 0.5)
     assert load_config(None).train == TrainConfig()
+
+
+def test_any_key_can_be_set_by_its_dotted_name(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("[train]\nlr = 0.5")
+    texts = ["model.kind=resmlp", "model.width = 32", "train.lr=1e-3", "name=mine", 'data.name="digits"']
+    config = load_config(file, dict(map(parse_override, texts)))
+    assert config.model == ResMlpConfig(width=32)
+    assert (config.name, config.train.lr) == ("mine", 1e-3)
+    assert load_config(None, {"model.width": 24}).model == VitConfig(width=24)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.lr", r"expected key=value like train.lr=1e-3, got 'train.lr'"),
+        ("train..lr=1", r"expected key=value"),
+        ("=1", r"expected key=value"),
+        ("train.learning_rate=1", r"train.learning_rate: Extra inputs are not permitted"),
+        ("train.lr=fast", r"train.lr: Input should be a valid number"),
+        ("name.first=x", r"cannot set name.first: name is 'digits', not a section"),
+        ("train=3", r"train: Input should be a valid"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(text: str, message: str) -> None:
+    digits = next(file for file in CONFIGS if file.name == "digits.toml")
+    with pytest.raises(ConfigError, match=message):
+        load_config(digits, dict([parse_override(text)]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig(),
+        RunConfig(name="a-b", model=MlpConfig(width=7), train=TrainConfig(method="bp", blocks=3, lr=1e-7)),
+        RunConfig(model=ResMlpConfig(hidden=9), data=DataConfig(shift=0), train=TrainConfig(method="cffm")),
+    ],
+    ids=["default", "bp", "cffm"],
+)
+def test_a_printed_configuration_can_be_read_back(tmp_path: Path, config: RunConfig) -> None:
+    (tmp_path / "config.toml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.toml") == config

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 
 import numpy as np
@@ -13,14 +14,30 @@ from torch import Tensor
 
 from family.tree import Tree
 from tests.conftest import SMALL_VIT
-from training.config import MlpConfig, VitConfig
+from training.config import MlpConfig, ResMlpConfig, VitConfig
 from training.model import Family, build_family
-from training.objective import chain_step, hbll_probability, hbll_step, path_step, sample_chain
+from training.objective import (
+    CONTRAST_TEMPERATURE,
+    chain_step,
+    contrastive_loss,
+    contrastive_step,
+    hbll_probability,
+    hbll_step,
+    ladder_step,
+    path_step,
+    sample_chain,
+    sample_path,
+)
 
-MODELS = [SMALL_VIT, MlpConfig(hierarchy_depth=3, width=12), VitConfig(hierarchy_depth=2, patch=14, width=8, hidden=8)]
+MODELS = [
+    SMALL_VIT,
+    MlpConfig(hierarchy_depth=3, width=12),
+    ResMlpConfig(hierarchy_depth=3, width=12, hidden=16),
+    VitConfig(hierarchy_depth=2, patch=14, width=8, hidden=8),
+]
 
 
-@pytest.fixture(params=MODELS, ids=["vit", "mlp", "vit-d2"])
+@pytest.fixture(params=MODELS, ids=["vit", "mlp", "resmlp", "vit-d2"])
 def family(request: pytest.FixtureRequest) -> Family:
     return build_family(request.param, seed=3)
 
@@ -35,10 +52,13 @@ def _gradients(family: Family) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in family.named_parameters() if p.grad is not None}
 
 
-def _node_by_node(family: Family, x: Tensor, y: Tensor, nudge: float, only: int | None = None) -> float:
+def _node_by_node(
+    family: Family, x: Tensor, y: Tensor, nudge: float, only: int | None = None, summed: bool = False
+) -> float:
     """Algorithm 1 without stacking, leaves or tricks: ordinary autograd, one node after the other.
 
-    With `only`, just that node's loss is differentiated. The sum of the losses is returned.
+    With `only`, just that node's loss is differentiated. `summed`: the latent loss is the squared norm (of a token), as in the paper.
+    The sum of the losses is returned.
     """
     tree = family.tree
     weights = dict(family.blocks.named_parameters())
@@ -56,7 +76,9 @@ def _node_by_node(family: Family, x: Tensor, y: Tensor, nudge: float, only: int 
             if right == tree.n:
                 per_row = F.cross_entropy(family.head(a), y, reduction="none")
             else:
-                per_row = (block(right, a) - states[right]).square().flatten(1).mean(dim=1)
+                squares = (block(right, a) - states[right]).square()
+                squares = squares.sum(dim=-1) if summed else squares.mean(dim=-1)
+                per_row = squares.reshape(len(y), -1).mean(dim=1)
             losses[node] = per_row.mean()
             (gradient,) = torch.autograd.grad(per_row.sum(), a, retain_graph=True)
             states[node] = (a - nudge * gradient).detach()
@@ -76,6 +98,17 @@ def test_level_batched_step_equals_node_by_node(family: Family, batch: tuple[Ten
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_the_published_step_sums_over_features(family: Family, batch: tuple[Tensor, Tensor]) -> None:
+    """Eqs. 10, 11 and 30 with c = 1/4. Sums are large: the tolerance is relative to the greatest gradient."""
+    plain = copy.deepcopy(family)
+    expected = _node_by_node(plain, *batch, nudge=0.25, summed=True)
+    step = hbll_step(family, *batch, nudge=0.25, noise=0, generator=torch.Generator(), over_features="sum")
+    assert step.loss.item() == pytest.approx(expected, rel=1e-5)
+    got, wanted = _gradients(family), _gradients(plain)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5 * gradient.abs().max().item() + 1e-7, rtol=1e-4)
 
 
 def test_a_nodes_loss_reaches_no_block_but_its_own_and_its_right_parents(batch: tuple[Tensor, Tensor]) -> None:
@@ -162,11 +195,120 @@ def test_gradients_add_up_over_steps(family: Family, batch: tuple[Tensor, Tensor
         torch.testing.assert_close(gradient, 2 * once[name])
 
 
+def _trained_blocks(family: Family) -> set[int]:
+    """Nodes whose block got any gradient."""
+    return {
+        node
+        for parameter in family.blocks.parameters()
+        if parameter.grad is not None
+        for node, part in enumerate(parameter.grad, 1)
+        if part.abs().max() > 0
+    }
+
+
+@pytest.mark.parametrize("path", [(4,), (2, 4, 5, 6), (1, 2, 3, 4, 5, 6, 7)])
+def test_path_step_is_the_last_loss_alone(family: Family, batch: tuple[Tensor, Tensor], path: tuple[int, ...]) -> None:
+    """Unlike a chain, whose exits teach too: where it passes an exit the gradients differ."""
+    path = tuple(node for node in path if node < family.tree.n) if family.tree.n == 8 else (1, 2, 3)
+    x, y = batch
+    exits = copy.deepcopy(family)
+    step = path_step(family, path, x, y)
+    assert step.evaluations == len(path) * len(y)
+    assert step.loss.item() == pytest.approx(F.cross_entropy(family(x, path), y).item(), abs=1e-6)
+    assert _trained_blocks(family) == set(path)
+    chain = chain_step(exits, path, x, y)
+    passes_exits = sum(family.tree.is_hop(node, family.tree.n) for node in path) > 1
+    assert (chain.loss.item() > step.loss.item() + 0.1) == passes_exits
+
+
+def test_exits_train_the_ladder_with_equal_weights(family: Family, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    plain = copy.deepcopy(family)
+    step = ladder_step(family, x, y)
+    ladder = family.tree.ladder
+    assert step.evaluations == len(ladder) * len(y)
+    assert _trained_blocks(family) == set(ladder[-1])
+    loss = sum(path_step(plain, path, x, y).loss.item() for path in ladder)  # gradients add up over the rungs
+    assert step.loss.item() == pytest.approx(loss, abs=1e-5)
+    for name, gradient in _gradients(plain).items():
+        torch.testing.assert_close(_gradients(family)[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.4, 2.0])
+def test_contrastive_loss_is_its_formula(margin: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, y = torch.randn(7, 5, generator=generator), torch.tensor([0, 1, 0, 2, 1, 1, 3])
+    rows = []
+    for i in range(7):
+        logits = {}
+        for j in set(range(7)) - {i}:
+            s = float(features[i] @ features[j] / features[i].norm() / features[j].norm())
+            logits[j] = (min(s + margin, 1.0) if y[i] == y[j] else s) / CONTRAST_TEMPERATURE
+        total = math.log(sum(math.exp(value) for value in logits.values()))
+        of_row = [total - logits[j] for j in logits if y[i] == y[j]]
+        rows.append(sum(of_row) / len(of_row) if of_row else 0.0)
+    assert contrastive_loss(features, y, margin).item() == pytest.approx(sum(rows) / 7, abs=1e-5)
+
+
+def test_contrastive_loss_is_least_where_classes_lie_apart() -> None:
+    y = torch.tensor([0, 0, 1, 1])
+    apart = torch.tensor([[1.0, 0], [2, 0], [0, 1], [0, 3]])
+    mixed = torch.tensor([[1.0, 0], [0, 2], [0, 1], [3, 0]])
+    assert contrastive_loss(apart, y, 0.0) < 0.01 < contrastive_loss(mixed, y, 0.0)
+
+
+def test_contrastive_layers_learn_from_their_own_loss_alone(family: Family, batch: tuple[Tensor, Tensor]) -> None:
+    """Each block's gradient is that of its own loss with a constant input, the head's that of the label, and the embedding's
+    that of the first block's loss: nothing comes back from deeper blocks."""
+    x, y = batch
+    path = family.tree.full
+    plain = copy.deepcopy(family)
+    step = contrastive_step(family, path, x, y)
+    assert step.evaluations == len(path) * len(y)
+    weights = dict(plain.blocks.named_parameters())
+    state = plain.embed(x)
+    for index, node in enumerate(path):
+        state = plain.blocks.run({name: w[node - 1] for name, w in weights.items()}, state)
+        features = state.mean(dim=1) if state.ndim == 3 else state
+        own = contrastive_loss(features, y, 0.4 - 0.3 * index / (len(path) - 1))
+        before = {name: w.grad[node - 1].clone() for name, w in weights.items() if w.grad is not None}
+        own.backward()
+        for name, gradient in before.items():
+            assert not gradient.any(), f"{name} of block {node} was trained before its turn"
+        state = state.detach()
+    F.cross_entropy(plain.head(state), y).backward()
+    got, wanted = _gradients(family), _gradients(plain)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
+    assert _trained_blocks(family) == set(path)
+
+
+def test_nothing_comes_back_from_a_deeper_contrastive_layer(batch: tuple[Tensor, Tensor]) -> None:
+    """In the step itself: NaN in the last block reaches no gradient but its own and the head's."""
+    family = build_family(SMALL_VIT, seed=3)
+    with torch.no_grad():
+        for parameter in family.blocks.parameters():
+            parameter[6] = float("nan")
+    contrastive_step(family, family.tree.full, *batch)
+    for parameter in family.blocks.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad[:6].isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in family.embed.parameters())
+    assert any(p.grad is not None and p.grad.isnan().any() for p in family.head.parameters())
+
+
 @given(st.integers(2, 5), st.integers(0, 2**32 - 1))
 def test_sampled_chains_are_paths(hierarchy_depth: int, seed: int) -> None:
     tree = Tree(hierarchy_depth)
     path = sample_chain(tree, np.random.default_rng(seed))
     assert tree.validate(path) == path
+
+
+def test_sampled_paths_are_uniform_over_depth() -> None:
+    rng, tree = np.random.default_rng(0), Tree(3)
+    counts = np.bincount([len(sample_path(tree, rng)) for _ in range(7000)], minlength=8)[1:]
+    assert all(abs(count - 1000) < 120 for count in counts)
 
 
 def test_sampling_is_half_ladder_and_uniform_over_depth() -> None:

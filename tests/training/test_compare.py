@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import csv
+import statistics
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hbll import main
+from tests.training.test_trainer import Killed
+from training.checkpoint import CHECKPOINT_FILE
+from training.compare import Job, Record, markdown, plan, run, summarise
+from training.config import ConfigError, MlpConfig, RunConfig, TrainConfig
+from training.data import Digits
+from training.trainer import Report
+
+TINY = RunConfig(
+    model=MlpConfig(hierarchy_depth=2, width=8), train=TrainConfig(budget=6, batch=100, evaluations=2, warmup_steps=0)
+)
+
+
+def _compare(out: Path, *arguments: str) -> Result:
+    tiny = ["model.kind=mlp", "model.hierarchy_depth=2", "model.width=8", "train.batch=100", "train.evaluations=1"]
+    settings = [part for text in tiny for part in ("--set", text)]
+    return CliRunner().invoke(main, ["compare", "--out", str(out), "--budget", "6", *settings, *arguments])
+
+
+def test_budgets_are_matched_by_work_by_epochs_and_by_steps() -> None:
+    """With the default budget of 390: networks of 1, 2, 3 and 7 blocks over 30 epochs, 390 = 30 * 13."""
+    jobs = plan(RunConfig(), ["hbll", "exits", "bp"], [4], images=3200)
+    budgets = {job.name: job.config.train.budget for job in jobs}
+    assert len(budgets) == len(jobs) == 4 + 4 + 4
+    assert budgets["hbll-work-seed4"] == budgets["exits-work-seed4"] == 390
+    assert budgets["hbll-epochs-seed4"] == pytest.approx(30 * 11)
+    assert budgets["exits-epochs-seed4"] == pytest.approx(30 * 3)
+    assert [budgets[f"bp{blocks}-work-seed4"] for blocks in (1, 2, 3, 7)] == pytest.approx([30, 60, 90, 210])
+    steps = 3546  # of hbll: 390 * 3200 / (11 * 32) = 3545.5; an epoch is 100
+    assert budgets["bp3-steps-seed4"] == pytest.approx(3 * steps / 100)
+    assert all(job.config.train.seed == 4 for job in jobs)
+    assert all((job.config.train.blocks is not None) == (job.config.train.method == "bp") for job in jobs)
+
+
+def test_two_methods_make_a_table_and_the_same_command_again_trains_nothing(tmp_path: Path) -> None:
+    first = _compare(tmp_path, "--methods", "exits,chains", "--seeds", "0,1")
+    assert first.exit_code == 0, first.output
+    with (tmp_path / "comparison.csv").open(newline="") as file:
+        records = list(csv.DictReader(file))
+    assert {row["method"] for row in records} == {"exits", "chains"}
+    assert {row["path"] for row in records if row["method"] == "exits"} == {"2", "2-3"}
+    one_block = [
+        100 * float(row["test_accuracy"])
+        for row in records
+        if (row["method"], row["matched"], row["path"]) == ("exits", "work", "2")
+    ]
+    assert len(one_block) == 2
+    table = (tmp_path / "comparison.md").read_text()
+    line = next(line for line in table.splitlines() if line.startswith("| `exits` | work |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:5] == ["2", "3.0", "6"]  # seeds, epochs of 2 evaluations an image, evaluations
+    assert cells[5] == f"{statistics.mean(one_block):.1f} ± {statistics.stdev(one_block) / 2**0.5:.1f}"
+    assert cells[7] == ""  # the ladder has no path of all blocks
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/*") if file.is_file()}
+    again = _compare(tmp_path, "--methods", "exits,chains", "--seeds", "0,1,2")
+    assert again.exit_code == 0, again.output
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    assert len(list(tmp_path.glob("runs/*-seed2"))) == 4
+    assert "| `exits` | work | 3 |" in (tmp_path / "comparison.md").read_text()
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path: Path, digits: Digits) -> None:
+    job = Job("work", TINY)
+
+    def kill_late(report: Report) -> None:
+        if report.share > 0.6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(job, tmp_path, digits, kill_late)
+    steps: list[int] = []
+    records = run(job, tmp_path, digits, lambda report: steps.append(report.step))
+    assert steps[0] > 1, "started again from nothing"
+    assert len(records) == 4
+    assert run(job, tmp_path, digits, lambda _: pytest.fail("trained again")) == records
+
+
+def test_a_run_of_another_configuration_is_neither_reused_nor_overwritten(tmp_path: Path, digits: Digits) -> None:
+    run(Job("work", TINY), tmp_path, digits, lambda _: None)
+    checkpoint = tmp_path / "runs" / Job("work", TINY).name / CHECKPOINT_FILE
+    before = checkpoint.read_bytes()
+    other = TINY.model_copy(update={"train": TINY.train.model_copy(update={"lr": 0.1})})
+    with pytest.raises(ConfigError, match=r"hbll\+chains-work-seed0 was started with another configuration"):
+        run(Job("work", other), tmp_path, digits, lambda _: None)
+    assert checkpoint.read_bytes() == before
+
+
+def test_separate_networks_are_one_row_and_diverged_seeds_are_counted() -> None:
+    def record(seed: int, depth: int, accuracy: float) -> Record:
+        return Record("bp", "work", seed, 2.0, 2.0 * depth, "-".join("123"[:depth]), depth, True, 0.5, accuracy)
+
+    jobs = plan(TINY, ["bp"], [0, 1, 2], images=3000)
+    records = [record(0, 1, 0.5), record(0, 2, 0.6), record(0, 3, 0.7), record(1, 1, 0.7), record(1, 2, 0.6)]
+    (row,) = summarise(records)
+    assert row.evaluations == 2 * (1 + 2 + 3)
+    assert (row.by_depth[1].mean, row.by_depth[1].error) == pytest.approx((0.6, 0.1))
+    assert (row.by_depth[3].mean, row.by_depth[3].error) == (0.7, None)
+    line = "| `bp`, separate networks | work | 2 of 3 | 2.0 | 12 | 60.0 ± 10.0 | 60.0 ± 0.0 | 70.0 |  |"
+    assert line in markdown(TINY, jobs, [row])
+
+
+def test_a_comparison_in_which_all_diverge_says_so(tmp_path: Path) -> None:
+    diverged = _compare(
+        tmp_path, "--methods", "exits", "--seeds", "0", "--set", "train.lr=1e38", "--set", "train.warmup_steps=0",
+        "--set", "model.kind=resmlp",
+    )  # fmt: skip
+    assert diverged.exit_code == 1
+    assert "every run diverged: there is nothing to report" in diverged.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "chains,magic"], "there is no method magic; there are hbll+chains, hbll,"),
+        (["--seeds", "one"], "expected numbers with commas between them, got 'one'"),
+        (["--seeds", "-1"], "train.seed"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = _compare(tmp_path, *arguments)
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_prints_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
+    arguments = ["train", "--method", "exits", "--set", "model.width=24", "--out", str(tmp_path / "run"), "--dry-run"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "width = 24" in result.output
+    assert "# paths trained: 3 of 25" in result.output
+    assert "# work: 1,170,000 block evaluations, 3 an image on average; about 12,188 steps, 130.0 epochs" in result.output
+    assert list(tmp_path.iterdir()) == []

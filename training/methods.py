@@ -1,0 +1,153 @@
+"""The training methods by name: for each, what a step does, what it costs, and which paths it trains.
+
+The trainer's loop is the same for all; the losses themselves are in `training.objective`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from family.tree import Path, Tree
+from training.config import MethodName, RunConfig, TrainConfig
+from training.model import Family
+from training.objective import (
+    Step,
+    chain_evaluations,
+    chain_step,
+    contrastive_step,
+    hbll_evaluations,
+    hbll_probability,
+    hbll_step,
+    ladder_step,
+    path_step,
+    sample_chain,
+    sample_path,
+)
+
+PUBLISHED_NUDGE = 0.25
+"""The paper's c (eq. 30, the Gaussian case)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a step gets besides the batch: the run's settings, the family, and the step's own sources of randomness."""
+
+    settings: TrainConfig
+    family: Family
+    rng: np.random.Generator
+    generator: torch.Generator
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to train a family.
+
+    `step` takes a batch of images and labels `(rows, ...)`; of each image it gets `views` differently shifted rows.
+    `evaluations` is the number of block evaluations that a step spends on an image, on average. `paths` are those that
+    the method trains; none: all.
+    """
+
+    summary: str
+    step: Callable[[Context, Tensor, Tensor], Step]
+    evaluations: Callable[[TrainConfig, Tree], float]
+    paths: Callable[[TrainConfig, Tree], tuple[Path, ...]] | None = None
+    views: int = 1
+
+
+def _hbll(context: Context, x: Tensor, y: Tensor) -> Step:
+    settings = context.settings
+    return hbll_step(context.family, x, y, nudge=settings.nudge, noise=settings.noise, generator=context.generator)
+
+
+def _hbll_as_published(context: Context, x: Tensor, y: Tensor) -> Step:
+    noise, generator = context.settings.noise, context.generator
+    return hbll_step(context.family, x, y, nudge=PUBLISHED_NUDGE, noise=noise, generator=generator, over_features="sum")
+
+
+def _mixed(context: Context, x: Tensor, y: Tensor, share: float) -> Step:
+    """An HBLL step, as often as gives these `share` of the work, or a sampled chain."""
+    tree, rng = context.family.tree, context.rng
+    if rng.random() < hbll_probability(tree, share):
+        return _hbll(context, x, y)
+    return chain_step(context.family, sample_chain(tree, rng), x, y)
+
+
+def _mixed_evaluations(tree: Tree, share: float) -> float:
+    p = hbll_probability(tree, share)
+    return p * hbll_evaluations(tree) + (1 - p) * chain_evaluations(tree)
+
+
+def _one_network(settings: TrainConfig, tree: Tree) -> tuple[Path, ...]:
+    """The one path of `train.blocks` blocks (none: all): a rung of the ladder where there is one."""
+    blocks = settings.blocks or len(tree.nodes)
+    return (tree.ladder[blocks - 1] if blocks <= tree.hierarchy_depth else tree.path_at(blocks, 0),)
+
+
+def _network_of(context: Context) -> Path:
+    return _one_network(context.settings, context.family.tree)[0]
+
+
+METHODS: dict[MethodName, Method] = {
+    "hbll+chains": Method(
+        "HBLL steps for a share of the budget, mixed with sampled chains for the rest (default)",
+        lambda context, x, y: _mixed(context, x, y, context.settings.hbll_share),
+        lambda settings, tree: _mixed_evaluations(tree, settings.hbll_share),
+    ),
+    "hbll": Method(
+        "Hierarchical Block-Local Learning alone: no gradient leaves a block and its right parent",
+        _hbll,
+        lambda _, tree: hbll_evaluations(tree),
+    ),
+    "hbll-paper": Method(
+        "the same as published: latent losses summed over features, c = 1/4",
+        _hbll_as_published,
+        lambda _, tree: hbll_evaluations(tree),
+    ),
+    "chains": Method(
+        "backpropagation through one sampled path a step, with every exit on the way",
+        lambda context, x, y: _mixed(context, x, y, share=0),
+        lambda _, tree: chain_evaluations(tree),
+    ),
+    "paths": Method(
+        "the same without exits on the way, for paths of uniform depth",
+        lambda context, x, y: path_step(context.family, sample_path(context.family.tree, context.rng), x, y),
+        lambda _, tree: tree.n / 2,
+    ),
+    "exits": Method(
+        "backpropagation through the ladder with a loss at every rung; trains no path but the ladder's",
+        lambda context, x, y: ladder_step(context.family, x, y),
+        lambda _, tree: tree.hierarchy_depth,
+        lambda _, tree: tree.ladder,
+    ),
+    "cffm": Method(
+        "contrastive forward-forward: one network of --blocks blocks (or all), each by a loss of its own",
+        lambda context, x, y: contrastive_step(context.family, _network_of(context), x, y),
+        lambda settings, tree: 2 * len(_one_network(settings, tree)[0]),
+        _one_network,
+        views=2,
+    ),
+    "bp": Method(
+        "one ordinary network of --blocks blocks, the baseline",
+        lambda context, x, y: path_step(context.family, _network_of(context), x, y),
+        lambda settings, tree: len(_one_network(settings, tree)[0]),
+        _one_network,
+    ),
+}
+
+
+def trained_paths(config: RunConfig, tree: Tree, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Those of `paths` that the run trains: all, or the few of a method that trains no others."""
+    few = METHODS[config.train.method].paths
+    return few(config.train, tree) if few else paths
+
+
+def steps_of(config: RunConfig, tree: Tree, images: int) -> int:
+    """How many steps a run takes, about: exactly where all steps of its method cost the same."""
+    settings = config.train
+    of_a_step = METHODS[settings.method].evaluations(settings, tree) * settings.batch
+    return max(1, -int(-settings.budget * images // of_a_step))
