@@ -27,8 +27,6 @@ from service.policy import DEFAULT_POLICY, check_policy_name
 console = Console()
 
 DEFAULT_MODELS = Path("runs/bench-models")
-_TRIES = 3
-"""How often a void replay, in which the client itself was late, is repeated."""
 
 
 @click.command("bench")
@@ -37,8 +35,11 @@ _TRIES = 3
 @click.option("--cells", type=click.IntRange(1, len(LIVE)), multiple=True, help="Only these of the twelve, by number.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--requests", type=click.IntRange(min=100), default=10_000, show_default=True, help="Of one replay.")
+@click.option("--tries", type=click.IntRange(min=1), default=3, show_default=True, help="Of a replay that is void.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for bench.csv, bench.json, a plot.")
-def main(models: Path, policies: str | None, cells: tuple[int, ...], seeds: int, requests: int, out: Path | None) -> None:
+def main(
+    models: Path, policies: str | None, cells: tuple[int, ...], seeds: int, requests: int, tries: int, out: Path | None
+) -> None:
     """Compare policies on real servers of the one model in the folder MODELS, over HTTP.
 
     One server process per policy, each replay on one of them, the policies in turn. A replay in which the client sent
@@ -65,7 +66,7 @@ def main(models: Path, policies: str | None, cells: tuple[int, ...], seeds: int,
         console.print(f"capacity C = {capacity:.0f} requests/s")
         runs = [(cell, seed, name) for cell in chosen for seed in range(seeds) for name in _rotated(names, seed)]
         measured = [
-            _play(load, servers[name], cell, seed, requests, capacity, latency_s)
+            _play(load, servers[name], cell, seed, (requests, tries), capacity, latency_s)
             for cell, seed, name in track(runs, "replaying", console=console)
         ]
         pauses = {name: _gc_pause_s(server) for name, server in servers.items()}
@@ -93,9 +94,12 @@ def _rotated(names: Sequence[str], by: int) -> list[str]:
     return [*names[by:], *names[:by]]
 
 
-def _play(load: Load, server: Server, cell: Cell, seed: int, requests: int, capacity: float, latency_s: float) -> Measured:
+def _play(
+    load: Load, server: Server, cell: Cell, seed: int, size: tuple[int, int], capacity: float, latency_s: float
+) -> Measured:
+    requests, tries = size
     arrivals = cell.arrivals(capacity, requests, seed)
-    for _ in range(_TRIES):
+    for _ in range(tries):
         measured = load.play(server, arrivals, cell.deadline * latency_s, cell.name, seed)
         if not measured.void:
             break

@@ -1,9 +1,11 @@
-"""A bound that no policy can beat: it knows all arrivals and latencies beforehand, but sees confidence only by running.
+"""About the most that is possible: with all arrivals and latencies known beforehand, but confidence only by running.
 
-The relaxation, in three steps, each in favour of the bound:
+A relaxation in three steps, the first and the third in favour of the bound. The second is not exhaustive (rules that branch
+on confidence, or use more than three answers, reach up to half a point more on the family of the benchmarks), and images
+and jitter are drawn: so this is an estimate in expectation, not a proof.
 
 1.  *Time is a fluid.* Rows run alone at the per-row cost of the most efficient batch, and can be stopped at any moment.
-2.  *Confidence is used as well as it can be.* The value of spending t seconds on an average row, `V(t)`, is the concave
+2.  *Confidence is used well.* The value of spending t seconds on an average row, `V(t)`, is the concave
     hull of what threshold rules along any sequence of the offered answers reach, thresholds chosen on the very inputs
     that are played. `V(0) = 0`, and on the way to the first answer it is linear, as if rows could be dropped at will.
 3.  *Every row may use its whole window* from its arrival to its deadline. With equal budgets, arrivals and deadlines are

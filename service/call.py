@@ -80,16 +80,21 @@ def open_call(
     return Call(served, wish, arrived_s, budget_ms)
 
 
-def count_answered(metrics: Metrics, call: Call, answer: Answer, total_s: float) -> None:
-    """Count a call that was answered after `total_s`, and let its model know how long sending took."""
-    if call.served.profile is not None:
-        call.served.profile.observe_send(call.arrived_s + total_s - answer.decided_s)
+def count_answered(metrics: Metrics, call: Call, total_s: float) -> None:
+    """Count a call that was answered after `total_s`."""
     name = call.served.name
     metrics.total_seconds.labels(name).observe(total_s)
     metrics.last_answer.labels(name).set_to_current_time()
     met = call.deadline_met(total_s)
     if met is not None:
         metrics.deadlines.labels(name, str(met).lower()).inc()
+
+
+def learn_send(call: Call, answer: Answer) -> None:
+    """Let the model know how long it took from the decision until now, when the response is built. Not of streams: there
+    a slow reader would tell."""
+    if call.served.profile is not None:
+        call.served.profile.observe_send(time.monotonic() - answer.decided_s)
 
 
 def count_failed(metrics: Metrics, call: Call) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import math
+import secrets
 import threading
 import time
 from collections import deque
@@ -213,13 +214,15 @@ class Engine:
         if wish.strict and wish.deadline_s is not None:
             first = self.foresee(model, wish, len(x))[0]
             if first.by_s > wish.deadline_s:
+                self._learn_of_refusal(model)
                 raise _infeasible(wish.deadline_s, first.by_s, arrived_s)
         wish, audited = self._drift[model].admit(wish)
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         ticket = _Ticket(model, arrived_s, done, [None] * len(x), on_answer, [] if self.trace else None)
+        chosen = secrets.randbelow(len(x)) if audited else -1  # one row: rows of a request may be much alike
         for index, row in enumerate(x):
-            order = next(self._order)
-            ticket.rows.append(_Row(wish, now, order, model=model, x=row, ticket=ticket, index=index, audited=audited))
+            order, is_chosen = next(self._order), index == chosen
+            ticket.rows.append(_Row(wish, now, order, model=model, x=row, ticket=ticket, index=index, audited=is_chosen))
         for waiting in ticket.rows:
             policy.arrive(waiting, now)
         self._tickets.add(ticket)
@@ -229,12 +232,20 @@ class Engine:
         try:
             return await done
         except asyncio.CancelledError:
+            for row in ticket.rows:
+                if row.audited and ticket.answers[row.index] is None and not done.done():
+                    self._audit_later(row, row.wish, None)  # whoever leaves may do so because it takes long
             self._leave(ticket)
             self.metrics.queue_rows.set(self._scheduler.waiting())
             raise
         finally:
             self._tickets.discard(ticket)
             ticket.rows.clear()  # which have the ticket: nothing is left for the garbage collector
+
+    def _learn_of_refusal(self, model: ServedModel) -> None:
+        """An idle server that refuses must not go on doing so because of how slow it once was."""
+        if model.profile is not None and self.clock() >= self._busy_until_s and not self._scheduler.waiting():
+            model.profile.relax()
 
     def _policy(self, model: ServedModel) -> Policy:
         if model not in self._scheduler.policies:
@@ -328,6 +339,9 @@ class Engine:
             probabilities = _probabilities(model, paths, output.logits)
             labels = probabilities.argmax(axis=1).tolist()
             confidences = probabilities.max(axis=1).tolist()
+            broken = [row for row, confidence in zip(rows, confidences, strict=True) if not math.isfinite(confidence)]
+            self._fail(broken, InferenceFailed("the model overflowed on this input: its answer is no number"))
+            confidences = [confidence if math.isfinite(confidence) else 0.0 for confidence in confidences]
         for ticket in {id(row.ticket): row.ticket for row in rows if row.ticket is not None}.values():
             if ticket.queue_s is None:
                 ticket.queue_s = start - ticket.arrived_s
@@ -356,6 +370,7 @@ class Engine:
             for row in cast(Sequence[_Row], decision.refused):
                 if row.ticket is not None:
                     by_s = self._scheduler.policies[row.model].foresee(row.wish, 1, max(self.clock(), self._busy_until_s))
+                    self._learn_of_refusal(row.model)
                     self._fail([row], _infeasible(row.deadline_s, by_s[0].by_s, row.ticket.arrived_s))
         for row in self._untold:
             ticket = row.ticket
@@ -407,11 +422,19 @@ class Engine:
         if row.latest.path == reference:  # nothing was left early
             drift.observe(epsilon, differs=False)
             return
-        patient = replace(row.wish, deadline_s=None, strict=False, priority=0, patience_s=AUDIT_PATIENCE_S)
         if stopped_by == "risk":
-            patient = replace(patient, path=reference, exit_at=None, asked_as="path")
-        follow = _Audit(epsilon, label if stopped_by == "risk" else None)
-        self._audits.append(_Row(patient, self.clock(), next(self._order), model=model, x=row.x, audit=follow))
+            self._audit_later(row, replace(row.wish, path=reference, exit_at=None, asked_as="path"), label)
+        else:
+            self._audit_later(row, row.wish, None)
+
+    def _audit_later(self, row: _Row, wish: Wish, early: int | None) -> None:
+        """Let the row run as `wish` says, when nobody else needs the device."""
+        epsilon = row.wish.risk if row.audit is None else row.audit.epsilon
+        assert epsilon is not None
+        patient = replace(wish, deadline_s=None, strict=False, priority=0, patience_s=AUDIT_PATIENCE_S)
+        audit = _Audit(epsilon, early)
+        self._audits.append(_Row(patient, self.clock(), next(self._order), model=row.model, x=row.x, audit=audit))
+        self._happened.set()
 
     def _begin_audit(self, now: float) -> None:
         """Hand the oldest audit to its policy: nobody else needs the device, or it has waited long enough."""
@@ -439,6 +462,8 @@ class Engine:
     def _fail_all(self, error: ServiceError) -> None:
         """Refuse whatever is in flight, and start from nothing: a policy that failed is not trusted with its state."""
         for ticket in self._tickets:
+            for row in ticket.rows:
+                row.gone, row.place = True, None  # the policy that had them is not asked again
             if not ticket.done.done():
                 ticket.done.set_exception(error)
         for model in list(self._scheduler.policies):

@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from family.manifest import Manifest
 from family.tree import format_path
 from service.answers import Answer, OnAnswer, RowAnswer
-from service.call import Call, count_answered, count_failed, open_call, trace
+from service.call import Call, count_answered, count_failed, learn_send, open_call, trace
 from service.context import Context, Ctx, errors, milliseconds
 from service.errors import ClientGone, InvalidInput, ServiceError
 from service.inputs import Decoder, takes_long
@@ -64,7 +64,8 @@ async def answer_call(request: Request, ctx: Context, call: Call, x: Rows, *, pr
         raise
     served = call.served
     total_s = call.total_s
-    count_answered(ctx.metrics, call, answer, total_s)
+    count_answered(ctx.metrics, call, total_s)
+    learn_send(call, answer)
     trace(ctx, request, call, answer.spans, 200)
     # A plain dict, serialised here: validating our own answer, once or as FastAPI would twice, costs more than the rest.
     content = {
@@ -108,7 +109,7 @@ async def predict_stream(model: str, body: StreamRequest, request: Request, ctx:
 
     def on_end(answer: Answer) -> StreamEnd:
         total_s = call.total_s
-        count_answered(ctx.metrics, call, answer, total_s)
+        count_answered(ctx.metrics, call, total_s)
         trace(ctx, request, call, answer.spans, 200)
         return StreamEnd(
             model=model,

@@ -100,6 +100,11 @@ class LatencyProfile:
         """Learn that sending an answer took so long."""
         self._sends.add(took_s)
 
+    def relax(self) -> None:
+        """Expect a little less: for when nothing is run because too much is expected, and so nothing is learned."""
+        for window in (*self._ratios, self._sends):
+            window.relax()
+
     def ratio(self, rows: int) -> float:
         """By how much runs of about so many rows exceed their typical time, as a quantile."""
         return self._window(rows).quantile
@@ -136,7 +141,16 @@ class _Window:
             del self._sorted[bisect_left(self._sorted, self._latest.popleft())]
         self._latest.append(value)
         insort(self._sorted, value)
-        self.quantile = self._sorted[min(int(self._share * len(self._sorted)), len(self._sorted) - 1)]
+        self._set_quantile()
+
+    def relax(self) -> None:
+        """Forget the largest value, if that is not the only one."""
+        if len(self._sorted) > 1:
+            self._latest.remove(self._sorted.pop())
+            self._set_quantile()
+
+    def _set_quantile(self) -> None:
+        self.quantile = self._sorted[int(self._share * (len(self._sorted) - 1))]  # of few values not the largest
 
 
 Run = Callable[[Segment, int, bool], object]

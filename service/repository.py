@@ -129,7 +129,7 @@ class ServedModel:
 
 
 class Repository:
-    """The served models by name: of each the highest version that could be loaded.
+    """The served models by name: of each the highest version; a higher one that cannot be loaded is tried again.
 
     Args:
         load: opens a version of a model.

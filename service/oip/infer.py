@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.answers import Answer
-from service.call import Call, count_answered, count_failed, open_call, trace
+from service.call import Call, count_answered, count_failed, learn_send, open_call, trace
 from service.context import context_of, errors, milliseconds
 from service.encodings import accepted_coding
 from service.errors import ServiceError
@@ -99,7 +99,8 @@ async def infer(request: Request) -> Response:
         trace(ctx, request, call, (), error.status)
         raise
     total_s = call.total_s
-    count_answered(ctx.metrics, call, answer, total_s)
+    count_answered(ctx.metrics, call, total_s)
+    learn_send(call, answer)
     trace(ctx, request, call, answer.spans, 200)
     header = _header(call, answer, message.id, total_s)
     coding = accepted_coding(request.headers.get("accept-encoding", ""))

@@ -89,14 +89,20 @@ class WholePaths:
 
     def _next(self, now_s: float) -> tuple[list[Row], Segment]:
         """Take the next batch out of the queue."""
-        head = self._queue[0]
+        # Heads that are too late even for the shallowest path let the others go first, as with our own policy: published
+        # descriptions leave open what becomes of them, and run first they would make all after them late as well.
+        ready_s = now_s + self._offer.reserve_s + self._latency_s(self._offer.front[0], 1)
+        ready = (place for place, row in enumerate(self._queue) if row.answered is not None or row.deadline_s >= ready_s)
+        start = next(ready, 0)
+        head = self._queue[start]
         slack_s = head.deadline_s - now_s - self._offer.reserve_s
         most = self._offer.profile.max_batch
         if _is_free(head):
             head.target, most = self.choose(now_s, slack_s, len(self._queue))
         segment = head.rest
         places = []
-        for place, row in enumerate(self._queue):
+        for place in range(start, len(self._queue)):
+            row = self._queue[place]
             if row is head or (_is_free(row) and _is_free(head)) or row.rest == segment:
                 row.target = head.target
                 places.append(place)
@@ -194,11 +200,18 @@ class Static(WholePaths):
 
 class Aimd(Static):
     """One path, with Clipper's batching (Crankshaw et al., NSDI 2017): the largest batch grows by one row as long as
-    batches meet their deadlines, and shrinks by a tenth when one does not."""
+    processing a batch takes no longer than the tightest budget in it, and shrinks by a tenth when it does."""
 
     def __init__(self, offer: Offer, path: Path) -> None:
         super().__init__(offer, path)
         self._most = 1.0
+        self._began_s = 0.0
+
+    def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
+        """See `Policy`."""
+        decision = super().decide(now_s, spare_s)
+        self._began_s = now_s
+        return decision
 
     def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
         """The path, and as many rows as have gone well so far."""
@@ -206,7 +219,8 @@ class Aimd(Static):
 
     def late(self, batch: Batch, now_s: float) -> None:
         """Learn from a batch."""
-        if any(row.deadline_s < now_s + self._offer.reserve_s for row in batch.rows):
+        tightest_s = min(row.deadline_s - row.arrived_s for row in batch.rows)
+        if now_s - self._began_s > tightest_s - self._offer.reserve_s:
             self._most = max(1.0, 0.9 * self._most)
         elif len(batch.rows) >= int(self._most):
             self._most = min(self._most + 1, float(self._offer.profile.max_batch))

@@ -30,6 +30,8 @@ from service.policy.wish import StoppedBy, Wish
 from service.profile import Segment
 
 _SHARE_OF_BUDGET = 0.2
+_MOST_BATCHES = 8  # of rows that wait for a better answer
+_SPARE_SHARE = 0.5  # of the time that first answers can spare, for deeper work
 _FORGETTING = 1.02  # the factor by which the tightest budget is relaxed with every arrival
 
 Queues = dict[Segment, SortedQueue[Row]]
@@ -57,6 +59,7 @@ class LadderEdf:
         self._until: list[tuple[float, int, int, Row]] = []  # heap of rows in `_deeper`: from when too late, order, turn
         self._done: list[tuple[Row, StoppedBy]] = []
         self._tightest_s = math.inf
+        self._arrived_s = -math.inf
         self._waiting = 0
         largest = offer.profile.max_batch
         self._sizes = (largest, *(2**k for k in reversed(range(largest.bit_length())) if 2**k < largest))
@@ -78,7 +81,9 @@ class LadderEdf:
         row.target = row.wish.path or self._offer.climb[0]
         budget_s = row.deadline_s - now_s
         if budget_s > self._offer.profile.latency_s(row.rest, 1):  # others nobody could meet
-            self._tightest_s = min(budget_s, self._tightest_s * _FORGETTING)
+            forgetting = _FORGETTING if now_s > self._arrived_s else 1.0  # once for all rows of a request
+            self._tightest_s = min(budget_s, self._tightest_s * forgetting)
+            self._arrived_s = now_s
         self._place(row, self._first, row.urgency)
 
     def leave(self, row: Row) -> None:
@@ -149,6 +154,7 @@ class LadderEdf:
         self._done = []
         self._give_up(until_s, now_s, decision)
         self._set_aside(now_s, decision)
+        self._let_go(decision)
         return decision
 
     def foresee(self, wish: Wish, rows: int, now_s: float) -> tuple[Step, ...]:
@@ -184,7 +190,7 @@ class LadderEdf:
         return tuple(steps)
 
     def _choose(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment | None]:
-        deeper = self._best_deeper(now_s, min(spare_s, self.spare_s(now_s))) if self._deeper else None
+        deeper = self._best_deeper(now_s, min(spare_s, _SPARE_SHARE * self.spare_s(now_s))) if self._deeper else None
         if any(self._first.values()) and (deeper is None or deeper.rate <= self._first_rate()):
             return self._first_answers(now_s, spare_s)
         if deeper is not None:
@@ -260,6 +266,22 @@ class LadderEdf:
             elif row.wish.deadline_s is None:
                 self._wait(row, max(now_s, row.patient_until_s))
                 continue
+            decision.done.append((row, "load"))
+
+    def _let_go(self, decision: Decision) -> None:
+        """Answer those who would gain least, where so many wait for a better answer that most wait in vain: they would
+        fill the queue, and others be refused any."""
+        excess = sum(map(len, self._deeper.values())) - _MOST_BATCHES * self._offer.profile.max_batch
+        if excess <= 0:
+            return
+        free = [(queue.key(place), row) for queue in self._deeper.values() for place, row in enumerate(queue)]
+        free = [(key, row) for key, row in free if row.wish.exit_at is None]
+        for key, row in sorted(free, key=lambda each: each[0], reverse=True)[:excess]:
+            assert row.place is not None
+            assert row.answered is not None
+            row.place[0].remove(key)
+            self._moves(row)
+            self._price.given_up(row.answered, row.target, row.confidence)
             decision.done.append((row, "load"))
 
     def _set_aside(self, now_s: float, decision: Decision) -> None:

@@ -42,6 +42,7 @@ class Scheduler(Generic[Key]):
             others_s = min((spare_s[other] for other in order if other != key), default=math.inf)
             decision = self.policies[key].decide(now_s, others_s)
             decisions.append(decision)
+            spare_s[key] = self.policies[key].spare_s(now_s)  # of the rows that are left
             if decision.batch is not None:
                 until_s = now_s + decision.batch.expected_s
                 decisions.extend(self.policies[other].settle(now_s, until_s) for other in order[place + 1 :])

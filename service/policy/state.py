@@ -156,8 +156,7 @@ class Batch:
             if not ends:
                 keep_state = True
             elif row.wish.path is None:
-                following = offer.after(row.target)
-                keep_state |= following is not None and extends(following, row.target)
+                keep_state |= any(extends(later, row.target) for later in offer.climb if later != row.target)
         return Batch(rows, segment, predict, keep_state, offer.profile.latency_s(segment, len(rows)))
 
 
