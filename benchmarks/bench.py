@@ -107,18 +107,20 @@ def _play(
 
 
 def _table(measured: Sequence[Measured], names: Sequence[str]) -> Table:
-    table = Table(title="correct and in time / in time, % of all arrivals, means over the seeds (void replays left out)")
+    table = Table(title="correct and in time / in time, % of all arrivals; in brackets where every replay was void")
     table.add_column("cell")
     for name in names:
         table.add_column(name, justify="right")
     for cell in dict.fromkeys(each.cell for each in measured):
         row = []
         for name in names:
-            here = [each for each in measured if each.cell == cell and each.policy == name and not each.void]
-            shares = (
-                (np.mean([each.goodput for each in here]), np.mean([each.attainment for each in here])) if here else None
+            played = [each for each in measured if each.cell == cell and each.policy == name]
+            here = [each for each in played if not each.void]
+            goodput, attainment = (
+                np.mean([getattr(e, what) for e in here or played]) for what in ("goodput", "attainment")
             )
-            row.append(f"{100 * shares[0]:.1f} / {100 * shares[1]:.1f}" if shares else "void")
+            text = f"{100 * goodput:.1f} / {100 * attainment:.1f}"
+            row.append(text if here else f"({text})")
         table.add_row(cell, *row)
     return table
 

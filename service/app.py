@@ -67,7 +67,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         background = asyncio.create_task(_warm_up_and_watch(app), name="warm-up")
-        with watch_pauses(metrics.gc_seconds.observe):
+        with watch_pauses(lambda pause_s: metrics.gc_seconds.observe(pause_s) if app.state.context.warm else None):
             yield
         await engine.stop()
         background.cancel()
