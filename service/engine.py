@@ -233,7 +233,7 @@ class Engine:
             return await done
         except asyncio.CancelledError:
             for row in ticket.rows:
-                if row.audited and ticket.answers[row.index] is None and not done.done():
+                if row.audited and ticket.answers[row.index] is None and done.cancelled():
                     self._audit_later(row, row.wish, None)  # whoever leaves may do so because it takes long
             self._leave(ticket)
             self.metrics.queue_rows.set(self._scheduler.waiting())
