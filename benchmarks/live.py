@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.load import Outcome, Request, lateness, run_replay
+from benchmarks.shares import Shares
 from benchmarks.traces import Arrivals, poisson
 from training.data import Split
 
@@ -104,20 +105,16 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
     raise RuntimeError(f"the server did not become ready within {_START_S} s, or ended: status {process.poll()}")
 
 
-@dataclass(slots=True)
-class Measured:
-    """What became of the requests of one replay, in the order of their arrival. `depth` 0: no answer; `total_s` is what
-    the server says that it took."""
+@dataclass(slots=True, kw_only=True)
+class Measured(Shares):
+    """What became of the requests of one replay. `late_share` of them the client itself sent too late; `total_s (n,)` is
+    what the server says that each took."""
 
     policy: str
     cell: str
     seed: int
-    budget_s: float
     late_share: float
     scheduled_s: NDArray[np.float64]
-    latency_s: NDArray[np.float64]
-    depth: NDArray[np.int16]
-    right: NDArray[np.bool_]
     total_s: NDArray[np.float64]
     statuses: Counter[str] = field(default_factory=Counter)
     stopped_by: Counter[str] = field(default_factory=Counter)
@@ -126,26 +123,6 @@ class Measured:
     def void(self) -> bool:
         """The client itself was too late, too often."""
         return self.late_share > 0.01
-
-    @property
-    def in_time(self) -> NDArray[np.bool_]:
-        """Answered within the deadline, from the scheduled arrival."""
-        return np.asarray((self.depth > 0) & (self.latency_s <= self.budget_s))
-
-    @property
-    def attainment(self) -> float:
-        """Share of all arrivals answered in time."""
-        return float(self.in_time.mean())
-
-    @property
-    def goodput(self) -> float:
-        """Share of all arrivals answered correctly and in time."""
-        return float((self.in_time & self.right).mean())
-
-    @property
-    def mean_depth(self) -> float:
-        """Blocks of the answers in time."""
-        return float(self.depth[self.in_time].mean()) if self.in_time.any() else 0.0
 
 
 class Load:
@@ -183,17 +160,18 @@ class Load:
     def _judge(
         self, policy: str, cell: str, seed: int, budget_s: float, outcomes: Sequence[Outcome], images: Sequence[int]
     ) -> Measured:
+        count = len(outcomes)
         measured = Measured(
-            policy,
-            cell,
-            seed,
-            budget_s,
-            lateness(outcomes),
-            np.array([outcome.scheduled_s for outcome in outcomes]),
-            np.array([outcome.latency_s for outcome in outcomes]),
-            np.zeros(len(outcomes), np.int16),
-            np.zeros(len(outcomes), np.bool_),
-            np.zeros(len(outcomes)),
+            budget_s=budget_s,
+            depth=np.zeros(count, np.int16),
+            right=np.zeros(count, np.bool_),
+            latency_s=np.array([outcome.latency_s for outcome in outcomes]),
+            policy=policy,
+            cell=cell,
+            seed=seed,
+            late_share=lateness(outcomes),
+            scheduled_s=np.array([outcome.scheduled_s for outcome in outcomes]),
+            total_s=np.zeros(count),
         )
         for place, (outcome, image) in enumerate(zip(outcomes, images, strict=True)):
             measured.statuses[outcome.error or str(outcome.status)] += 1

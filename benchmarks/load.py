@@ -20,7 +20,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from benchmarks.alarm import Alarm
@@ -163,28 +162,6 @@ def lateness(outcomes: Sequence[Outcome], late_s: float = _LATE_S) -> float:
     measurement says something about the client, and is void."""
     _require_some(outcomes)
     return sum(outcome.sent_s - outcome.scheduled_s > late_s for outcome in outcomes) / len(outcomes)
-
-
-def attainment(outcomes: Sequence[Outcome], deadline_s: float) -> float:
-    """The share of *all* requests that were answered with status 200 within `deadline_s` of their scheduled arrival."""
-    _require_some(outcomes)
-    return sum(outcome.ok and outcome.latency_s <= deadline_s for outcome in outcomes) / len(outcomes)
-
-
-@dataclass(frozen=True, slots=True)
-class Percentiles:
-    """Of latency, in seconds."""
-
-    p50_s: float
-    p95_s: float
-    p99_s: float
-
-
-def percentiles(outcomes: Sequence[Outcome]) -> Percentiles | None:
-    """Of the latencies from scheduled arrival of the answers with status 200, if any. Refusals, which are quick, and
-    errors are left out: read them with `attainment`."""
-    latencies_s = [outcome.latency_s for outcome in outcomes if outcome.ok]
-    return Percentiles(*map(float, np.percentile(latencies_s, (50, 95, 99)))) if latencies_s else None
 
 
 class _Replay:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.shares import Shares
 from family.tree import Path
 from service.policy.state import Batch, Offer, Policy, Row
 from service.policy.wish import Wish
@@ -57,42 +58,11 @@ class _Request(Row):
 
 
 @dataclass(slots=True)
-class Report:
-    """What became of the requests of a trace, one element each, in the order of their arrival.
+class Report(Shares):
+    """What became of the requests of a trace; latency is infinite where there was no answer. `counts`: how many were
+    answered, expired, refused, and found the queue full."""
 
-    `depth` 0: no answer. `latency_s` from the scheduled arrival; infinite where there was no answer.
-    """
-
-    depth: NDArray[np.int16]
-    right: NDArray[np.bool_]
-    latency_s: Floats
-    budget_s: float
-    counts: dict[str, int] = field(default_factory=dict)  # answered, expired, refused, full
-
-    @property
-    def in_time(self) -> NDArray[np.bool_]:
-        """Answered within the budget."""
-        return self.latency_s <= self.budget_s
-
-    @property
-    def attainment(self) -> float:
-        """Share of all arrivals answered in time."""
-        return float(self.in_time.mean())
-
-    @property
-    def goodput(self) -> float:
-        """Share of all arrivals answered correctly and in time."""
-        return float((self.in_time & self.right).mean())
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the answers in time that are right."""
-        return float(self.right[self.in_time].mean()) if self.in_time.any() else 0.0
-
-    @property
-    def mean_depth(self) -> float:
-        """Blocks of the answers in time."""
-        return float(self.depth[self.in_time].mean()) if self.in_time.any() else 0.0
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -131,7 +101,7 @@ def simulate(
     first, second = (rng.integers(servers, size=(2, count))).tolist()
     noise = np.exp(hardware.jitter * rng.standard_normal(4096)).tolist()
     fleet = [_Server(*make()) for _ in range(servers)]
-    report = Report(np.zeros(count, np.int16), np.zeros(count, np.bool_), np.full(count, np.inf), budget_s)
+    report = Report(budget_s, np.zeros(count, np.int16), np.zeros(count, np.bool_), np.full(count, np.inf))
     depth, right, latency = report.depth, report.right, report.latency_s
     counts = {"answered": 0, "expired": 0, "refused": 0, "full": 0}
     events: list[tuple[float, int, int]] = []  # time, number, server: a run's end or a wake-up

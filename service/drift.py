@@ -11,9 +11,6 @@ from service.audit import AuditCoin, RiskAlarm
 from service.metrics import Metrics
 from service.policy.wish import Wish
 
-AUDIT_PATIENCE_S = 60.0
-"""How long an audit waits for an idle moment."""
-
 
 class DriftWatch:
     """The alarms of one model. Once one is raised its level no longer exits early, until `reset`."""

@@ -14,7 +14,6 @@ import math
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,7 +25,8 @@ from numpy.typing import NDArray
 
 from family.tree import Path, format_path
 from service.answers import Answer, OnAnswer, RowAnswer
-from service.drift import AUDIT_PATIENCE_S, DriftWatch
+from service.audits import Audits
+from service.drift import DriftWatch
 from service.errors import (
     DeadlineExpired,
     DeadlineInfeasible,
@@ -38,52 +38,18 @@ from service.errors import (
 from service.metrics import Metrics
 from service.policy import make_policy
 from service.policy.scheduler import Scheduler
-from service.policy.state import Batch, Decision, Policy, Row, Step
+from service.policy.state import Batch, Decision, Policy, Step
 from service.policy.wish import StoppedBy, Wish
 from service.repository import ServedModel
 from service.runtime import Output, Rows
+from service.tickets import Ticket, TicketRow
 from service.tracing import Timed
 from service.worker import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(slots=True, eq=False)
-class _Ticket:
-    """A request in flight."""
-
-    model: ServedModel
-    arrived_s: float
-    done: asyncio.Future[Answer]
-    answers: list[RowAnswer | None]
-    on_answer: OnAnswer | None
-    spans: list[Timed] | None
-    rows: list[_Row] = field(default_factory=list)
-    queue_s: float | None = None
-    compute_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Audit:
-    """Why a row runs that no client waits for: to know what the certified rule says where the deadline cut it short
-    (`early` is none), or what the reference path says to a row that was answered `early`."""
-
-    epsilon: float
-    early: int | None
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Row(Row):
-    """A row of a ticket, or of an audit. `audited`: at its end it is to be audited."""
-
-    model: ServedModel
-    x: Rows
-    ticket: _Ticket | None = None
-    index: int = 0
-    state: Rows | None = None
-    latest: RowAnswer | None = None
-    audited: bool = False
-    audit: _Audit | None = None
+_MOST_GUESSES = 8
+"""Of the smallest budget that can be met: each passes all rows that were due by the one before."""
 
 
 @dataclass(slots=True)
@@ -107,17 +73,20 @@ class Engine:
     _scheduler: Scheduler[ServedModel] = field(default_factory=Scheduler)
     _drift: dict[ServedModel, DriftWatch] = field(default_factory=dict)
     _retiring: set[ServedModel] = field(default_factory=set)
-    _tickets: set[_Ticket] = field(default_factory=set)
-    _audits: deque[_Row] = field(default_factory=deque)  # that wait for an idle moment, outside of the policies
-    _untold: list[_Row] = field(default_factory=list)  # with an answer that its client may want to hear of
+    _tickets: set[Ticket] = field(default_factory=set)
+    _untold: list[TicketRow] = field(default_factory=list)  # with an answer that its client may want to hear of
     _happened: asyncio.Event = field(default_factory=asyncio.Event)
     _order: itertools.count[int] = field(default_factory=itertools.count)
+    _audits: Audits = field(init=False)
     _worker: Worker | None = None
     _loop_task: asyncio.Task[None] | None = None
     _busy_until_s: float = 0.0
     _warm: bool = False
     _well: bool = True
     _stopping: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._audits = Audits(self._order.__next__, self.clock)
 
     @property
     def ready(self) -> bool:
@@ -154,7 +123,7 @@ class Engine:
     def retire(self, model: ServedModel) -> None:
         """Forget a model once the last of its rows has been answered; there are no more audits of it."""
         self._retiring.add(model)
-        self._audits = deque(row for row in self._audits if row.model is not model)
+        self._audits.forget(model)
         self._happened.set()
 
     def drift(self, model: ServedModel) -> DriftWatch | None:
@@ -212,17 +181,18 @@ class Engine:
         policy = self._policy(model)
         now = self.clock()
         if wish.strict and wish.deadline_s is not None:
-            first = self.foresee(model, wish, len(x))[0]
-            if first.by_s > wish.deadline_s:
+            by_s = self._feasible_s(model, wish, len(x))
+            if by_s > wish.deadline_s:
                 self._learn_of_refusal(model)
-                raise _infeasible(wish.deadline_s, first.by_s, arrived_s)
+                raise _infeasible(wish.deadline_s, by_s, arrived_s)
         wish, audited = self._drift[model].admit(wish)
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        ticket = _Ticket(model, arrived_s, done, [None] * len(x), on_answer, [] if self.trace else None)
+        ticket = Ticket(model, arrived_s, done, [None] * len(x), on_answer, [] if self.trace else None)
         chosen = secrets.randbelow(len(x)) if audited else -1  # one row: rows of a request may be much alike
         for index, row in enumerate(x):
-            order, is_chosen = next(self._order), index == chosen
-            ticket.rows.append(_Row(wish, now, order, model=model, x=row, ticket=ticket, index=index, audited=is_chosen))
+            waits = TicketRow(wish, now, next(self._order), model=model, x=row, ticket=ticket, index=index)
+            waits.audited = index == chosen
+            ticket.rows.append(waits)
         for waiting in ticket.rows:
             policy.arrive(waiting, now)
         self._tickets.add(ticket)
@@ -234,13 +204,25 @@ class Engine:
         except asyncio.CancelledError:
             for row in ticket.rows:
                 if row.audited and ticket.answers[row.index] is None and done.cancelled():
-                    self._audit_later(row, row.wish, None)  # whoever leaves may do so because it takes long
+                    self._audits.cut_short(row)  # whoever leaves may do so because it takes long
+                    self._happened.set()
             self._leave(ticket)
             self.metrics.queue_rows.set(self._scheduler.waiting())
             raise
         finally:
             self._tickets.discard(ticket)
             ticket.rows.clear()  # which have the ticket: nothing is left for the garbage collector
+
+    def _feasible_s(self, model: ServedModel, wish: Wish, rows: int) -> float:
+        """The earliest deadline that could be met, or that of `wish` if it can. A later deadline lets more rows go first,
+        so what is expected by one is asked for as the next, until that is met."""
+        by_s = -math.inf
+        for _ in range(_MOST_GUESSES):
+            by_s = self.foresee(model, wish, rows)[0].by_s
+            if wish.deadline_s is not None and by_s <= wish.deadline_s:
+                return wish.deadline_s
+            wish = replace(wish, deadline_s=by_s)
+        return by_s
 
     def _learn_of_refusal(self, model: ServedModel) -> None:
         """An idle server that refuses must not go on doing so because of how slow it once was."""
@@ -270,7 +252,7 @@ class Engine:
     async def _run_once(self) -> None:
         self._happened.clear()
         start = self.clock()
-        while self._audits and self._audits[0].patient_until_s <= start:
+        while self._audits.overdue(start):
             self._begin_audit(start)
         decisions, model, batch = self._scheduler.decide(start)
         self.metrics.decision_seconds.observe(self.clock() - start)
@@ -284,7 +266,7 @@ class Engine:
                 await self._wait(self._scheduler.wake_s())
             return
         assert self._worker is not None
-        worker, rows = self._worker, cast(Sequence[_Row], batch.rows)
+        worker, rows = self._worker, cast(Sequence[TicketRow], batch.rows)
         self._busy_until_s = start + batch.expected_s
         self.metrics.batch_rows.labels(model.name).observe(len(rows))
         self.metrics.block_rows.labels(model.name).inc(len(rows) * len(batch.segment.nodes))
@@ -314,7 +296,7 @@ class Engine:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._happened.wait(), max(0.0, until_s - self.clock()))
 
-    def _job(self, model: ServedModel, batch: Batch, rows: Sequence[_Row]) -> Callable[[], Output]:
+    def _job(self, model: ServedModel, batch: Batch, rows: Sequence[TicketRow]) -> Callable[[], Output]:
         """What the inference thread does for a batch."""
         segment = batch.segment
 
@@ -326,7 +308,7 @@ class Engine:
 
         return job
 
-    def _finish(self, model: ServedModel, batch: Batch, rows: Sequence[_Row], output: Output, start: float) -> None:
+    def _finish(self, model: ServedModel, batch: Batch, rows: Sequence[TicketRow], output: Output, start: float) -> None:
         """Note the answers that a batch has brought, and tell the policy."""
         now = self.clock()
         assert model.profile is not None
@@ -363,15 +345,15 @@ class Engine:
     def _settle(self, decisions: Iterable[Decision], decided_s: float) -> None:
         """Deliver what is decided."""
         for decision in decisions:
-            for row, stopped_by in cast(Sequence[tuple[_Row, StoppedBy]], decision.done):
+            for row, stopped_by in cast(Sequence[tuple[TicketRow, StoppedBy]], decision.done):
                 self._deliver(row, stopped_by, decided_s)
-            for row in cast(Sequence[_Row], decision.expired):
+            for row in cast(Sequence[TicketRow], decision.expired):
                 self._fail([row], DeadlineExpired("the latency budget ran out in the queue, before any block had run"))
-            for row in cast(Sequence[_Row], decision.refused):
+            for row in cast(Sequence[TicketRow], decision.refused):
                 if row.ticket is not None:
-                    by_s = self._scheduler.policies[row.model].foresee(row.wish, 1, max(self.clock(), self._busy_until_s))
+                    by_s = self._feasible_s(row.model, row.wish, 1)
                     self._learn_of_refusal(row.model)
-                    self._fail([row], _infeasible(row.deadline_s, by_s[0].by_s, row.ticket.arrived_s))
+                    self._fail([row], _infeasible(row.deadline_s, by_s, row.ticket.arrived_s))
         for row in self._untold:
             ticket = row.ticket
             if ticket is None or ticket.on_answer is None or ticket.done.done() or ticket.answers[row.index] is not None:
@@ -381,14 +363,15 @@ class Engine:
         self._untold.clear()
         self.metrics.queue_rows.set(self._scheduler.waiting())
 
-    def _deliver(self, row: _Row, stopped_by: StoppedBy, decided_s: float) -> None:
+    def _deliver(self, row: TicketRow, stopped_by: StoppedBy, decided_s: float) -> None:
         """A row has its final answer."""
         assert row.latest is not None
         ticket = row.ticket
         if ticket is not None and ticket.done.done():
             return
-        if row.audited or row.audit is not None:
-            self._audit(row, stopped_by)
+        if (row.audited or row.audit is not None) and row.model not in self._retiring:
+            self._audits.answered(row, stopped_by, self._drift[row.model])
+            self._happened.set()
         if ticket is None:
             return
         latest = row.latest
@@ -407,41 +390,12 @@ class Engine:
                 spans.insert(0, Timed("queue", ticket.arrived_s, ticket.arrived_s + queue_s))
             ticket.done.set_result(Answer(tuple(answers), queue_s, ticket.compute_s, decided_s, tuple(spans or ())))
 
-    def _audit(self, row: _Row, stopped_by: StoppedBy) -> None:
-        """Take a row that is to be audited, or an audit's own, one step further."""
-        assert row.latest is not None
-        model, audit, label = row.model, row.audit, row.latest.label
-        epsilon = row.wish.risk if audit is None else audit.epsilon
-        assert epsilon is not None
-        if model in self._retiring:
-            return
-        drift, reference = self._drift[model], model.manifest.reference
-        if audit is not None and audit.early is not None:
-            drift.observe(epsilon, differs=label != audit.early)
-            return
-        if row.latest.path == reference:  # nothing was left early
-            drift.observe(epsilon, differs=False)
-            return
-        if stopped_by == "risk":
-            self._audit_later(row, replace(row.wish, path=reference, exit_at=None, asked_as="path"), label)
-        else:
-            self._audit_later(row, row.wish, None)
-
-    def _audit_later(self, row: _Row, wish: Wish, early: int | None) -> None:
-        """Let the row run as `wish` says, when nobody else needs the device."""
-        epsilon = row.wish.risk if row.audit is None else row.audit.epsilon
-        assert epsilon is not None
-        patient = replace(wish, deadline_s=None, strict=False, priority=0, patience_s=AUDIT_PATIENCE_S)
-        audit = _Audit(epsilon, early)
-        self._audits.append(_Row(patient, self.clock(), next(self._order), model=row.model, x=row.x, audit=audit))
-        self._happened.set()
-
     def _begin_audit(self, now: float) -> None:
         """Hand the oldest audit to its policy: nobody else needs the device, or it has waited long enough."""
-        row = self._audits.popleft()
+        row = self._audits.take()
         self._scheduler.policies[row.model].arrive(row, now)
 
-    def _fail(self, rows: Iterable[_Row], error: ServiceError) -> None:
+    def _fail(self, rows: Iterable[TicketRow], error: ServiceError) -> None:
         """Refuse the requests of these rows."""
         for row in rows:
             ticket = row.ticket
@@ -451,7 +405,7 @@ class Engine:
                 ticket.done.set_exception(error)
                 self._leave(ticket)
 
-    def _leave(self, ticket: _Ticket) -> None:
+    def _leave(self, ticket: Ticket) -> None:
         """Take all rows of a request out of the policy."""
         policy = self._scheduler.policies.get(ticket.model)
         if policy is None:  # forgotten, after its answer and before its client's departure was known

@@ -132,6 +132,7 @@ class _Window:
     def __init__(self, share: float, size: int = _WINDOW, quantile: float = 1.0) -> None:
         self._share = share
         self._size = size
+        self._initial = quantile
         self._latest: deque[float] = deque()
         self._sorted: list[float] = []
         self.quantile = quantile
@@ -144,13 +145,14 @@ class _Window:
         self._set_quantile()
 
     def relax(self) -> None:
-        """Forget the largest value, if that is not the only one."""
-        if len(self._sorted) > 1:
+        """Forget the largest value; after the last it is as in the beginning."""
+        if self._sorted:
             self._latest.remove(self._sorted.pop())
             self._set_quantile()
 
     def _set_quantile(self) -> None:
-        self.quantile = self._sorted[int(self._share * (len(self._sorted) - 1))]  # of few values not the largest
+        # Of few values not the largest.
+        self.quantile = self._sorted[int(self._share * (len(self._sorted) - 1))] if self._sorted else self._initial
 
 
 Run = Callable[[Segment, int, bool], object]

@@ -7,6 +7,7 @@ and rows with a confidence target climb, a batch from answer to answer.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
@@ -17,10 +18,10 @@ from service.policy.wish import StoppedBy, Wish
 from service.profile import Segment
 
 
-class WholePaths:
+class WholePaths(ABC):
     """What the baselines share; the methods are those of `Policy`.
 
-    `choose(now_s, slack_s, waiting)` gives the path and the largest number of rows of the next batch.
+    `choose(slack_s, waiting)` gives the path and the largest number of rows of the next batch.
     """
 
     def __init__(self, offer: Offer) -> None:
@@ -30,20 +31,13 @@ class WholePaths:
         paths = [Segment(path, embed=True) for path in offer.accuracies]
         self._slowest = max(paths, key=lambda path: offer.profile.typical_s(path, 1))
 
-    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:
+    @abstractmethod
+    def choose(self, slack_s: float, waiting: int) -> tuple[Path, int]:
         """The path and at most how many rows, for a head with this slack."""
-        raise NotImplementedError
-
-    def late(self, batch: Batch, now_s: float) -> None:
-        """Told of every batch that has run."""
 
     def waiting(self) -> int:
         """See `Policy`."""
         return len(self._queue)
-
-    def rows(self) -> list[Row]:
-        """See `Policy`."""
-        return [*self._queue, *(row for row, _ in self._done if not row.gone)]
 
     def arrive(self, row: Row, now_s: float) -> None:  # noqa: ARG002
         """See `Policy`."""
@@ -98,7 +92,7 @@ class WholePaths:
         slack_s = head.deadline_s - now_s - self._offer.reserve_s
         most = self._offer.profile.max_batch
         if _is_free(head):
-            head.target, most = self.choose(now_s, slack_s, len(self._queue))
+            head.target, most = self.choose(slack_s, len(self._queue))
         segment = head.rest
         places = []
         for place in range(start, len(self._queue)):
@@ -130,7 +124,6 @@ class WholePaths:
         decision = Decision(done=[(row, stopped_by) for row, stopped_by in self._done if not row.gone])
         self._done = []
         self._settle(now_s, until_s, decision)
-        self.drop(now_s, decision)
         return decision
 
     def _settle(self, now_s: float, until_s: float, decision: Decision) -> None:
@@ -148,16 +141,12 @@ class WholePaths:
         slack_s = math.inf if wish.deadline_s is None else wish.deadline_s - now_s - self._offer.reserve_s
         path = wish.path
         if path is None:
-            path = self._offer.climb[0] if wish.exit_at is not None else self.choose(now_s, slack_s, rows)[0]
+            path = self._offer.climb[0] if wish.exit_at is not None else self.choose(slack_s, rows)[0]
         took_s = self._latency_s(path, rows + len(self._queue))
         return (Step(path, now_s + self._offer.reserve_s + took_s),)
 
-    def drop(self, now_s: float, decision: Decision) -> None:
-        """Rows that the policy gives up beyond that."""
-
     def finished(self, batch: Batch, confidences: Sequence[float], now_s: float) -> None:
         """See `Policy`."""
-        self.late(batch, now_s)
         offer = self._offer
         for row, confidence in zip(batch.rows, confidences, strict=True):
             if row.gone:
@@ -193,7 +182,7 @@ class Static(WholePaths):
         super().__init__(offer)
         self._path = path
 
-    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+    def choose(self, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
         """Always the same."""
         return self._path, self._offer.profile.max_batch
 
@@ -213,17 +202,18 @@ class Aimd(Static):
         self._began_s = now_s
         return decision
 
-    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+    def choose(self, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
         """The path, and as many rows as have gone well so far."""
         return self._path, int(self._most)
 
-    def late(self, batch: Batch, now_s: float) -> None:
-        """Learn from a batch."""
+    def finished(self, batch: Batch, confidences: Sequence[float], now_s: float) -> None:
+        """See `Policy`."""
         tightest_s = min(row.deadline_s - row.arrived_s for row in batch.rows)
         if now_s - self._began_s > tightest_s - self._offer.reserve_s:
             self._most = max(1.0, 0.9 * self._most)
         elif len(batch.rows) >= int(self._most):
             self._most = min(self._most + 1, float(self._offer.profile.max_batch))
+        super().finished(batch, confidences, now_s)
 
 
 class Cheapest(WholePaths):
@@ -235,7 +225,7 @@ class Cheapest(WholePaths):
         wanted = offer.accuracies[offer.reference] - tolerance
         self._path = next(path for path in offer.front if offer.accuracies[path] >= wanted)
 
-    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+    def choose(self, slack_s: float, waiting: int) -> tuple[Path, int]:
         """The cheapest, with the largest batch that fits."""
         return self._path, _largest(self._latency_s, self._path, slack_s, waiting, self._offer)
 
@@ -244,7 +234,7 @@ class MaxAccuracy(WholePaths):
     """The most accurate path that fits the head's slack, then the largest batch of it that does (SuperServe's
     MaxAcc)."""
 
-    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+    def choose(self, slack_s: float, waiting: int) -> tuple[Path, int]:
         """Accuracy first."""
         front = self._offer.front
         path = next((path for path in reversed(front) if self._latency_s(path, 1) <= slack_s), front[0])
@@ -255,7 +245,7 @@ class MaxBatch(WholePaths):
     """The largest batch that fits the head's slack on the shallowest path, then the most accurate path for that batch
     (SuperServe's MaxBatch)."""
 
-    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+    def choose(self, slack_s: float, waiting: int) -> tuple[Path, int]:
         """Throughput first."""
         front = self._offer.front
         rows = _largest(self._latency_s, front[0], slack_s, waiting, self._offer)
@@ -271,7 +261,7 @@ class SlackFit(WholePaths):
         super().__init__(offer)
         self._buckets = buckets
 
-    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+    def choose(self, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
         """The best of the fullest bucket below the slack. The latencies are those of the live profile."""
         offer = self._offer
         batches = offer.profile.parts.batches
@@ -294,18 +284,20 @@ class Clockwork(WholePaths):
     """Clockwork (Gujarati et al., OSDI 2020): one model, here the reference path; earliest deadline first; the largest
     batch that the head has time for; a head that cannot be in time is dropped."""
 
-    def choose(self, now_s: float, slack_s: float, waiting: int) -> tuple[Path, int]:  # noqa: ARG002
+    def choose(self, slack_s: float, waiting: int) -> tuple[Path, int]:
         """The reference path."""
         path = self._offer.reference
         return path, _largest(self._latency_s, path, slack_s, waiting, self._offer)
 
-    def drop(self, now_s: float, decision: Decision) -> None:
-        """Every head that is too late."""
+    def settle(self, now_s: float, until_s: float) -> Decision:
+        """See `Policy`: and drop every head that is too late."""
+        decision = super().settle(now_s, until_s)
         least_s = now_s + self._offer.reserve_s + self._latency_s(self._offer.reference, 1)
         while self._queue and _is_free(self._queue[0]) and self._queue[0].deadline_s < least_s:
             row = self._queue[0]
             self._leaves(row)
             decision.refused.append(row)
+        return decision
 
 
 def _is_free(row: Row) -> bool:

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from service.policy.joining import join
 from service.policy.price import Price
 from service.policy.queues import Key, SortedQueue
 from service.policy.state import Batch, Decision, Offer, Row, Step, segment_between
@@ -70,11 +71,6 @@ class LadderEdf:
         """See `Policy`."""
         return self._waiting
 
-    def rows(self) -> list[Row]:
-        """See `Policy`."""
-        queues = (*self._first.values(), *self._deeper.values(), self._late)
-        return [*(row for queue in queues for row in queue), *(row for row, _ in self._done if not row.gone)]
-
     def arrive(self, row: Row, now_s: float) -> None:
         """See `Policy`."""
         self._price.busy(now_s)
@@ -90,9 +86,7 @@ class LadderEdf:
         """See `Policy`."""
         row.gone = True
         if row.place is not None:
-            queue, key = row.place
-            queue.remove(key)
-            self._moves(row)
+            self._take_out(row)
 
     def finished(self, batch: Batch, confidences: Sequence[float], now_s: float) -> None:
         """See `Policy`."""
@@ -195,7 +189,7 @@ class LadderEdf:
             return self._first_answers(now_s, spare_s)
         if deeper is not None:
             rows = deeper.queue.take_places(deeper.places)
-            return self._joined(rows, deeper.segment, now_s, deeper.limit_s, deeper.limit_s)
+            return self._join(rows, deeper.segment, now_s, deeper.limit_s, deeper.limit_s)
         return self._late_answers(now_s, spare_s)
 
     def _first_rate(self) -> float:
@@ -246,6 +240,13 @@ class LadderEdf:
         row.place = queue, key
         self._waiting += 1
 
+    def _take_out(self, row: Row) -> None:
+        """Out of where it waits."""
+        assert row.place is not None
+        queue, key = row.place
+        queue.remove(key)
+        self._moves(row)
+
     def _moves(self, row: Row) -> None:
         """It is no more where it waited."""
         row.place = None
@@ -256,17 +257,18 @@ class LadderEdf:
         """Answer rows whose next step would be too late at `until_s`; a patient row with a wish gets urgent instead."""
         while self.wake_s() <= until_s and self._until:
             row = heapq.heappop(self._until)[-1]
-            assert row.place is not None
-            assert row.answered is not None
-            queue, key = row.place
-            queue.remove(key)
-            self._moves(row)
-            if row.wish.exit_at is None:
-                self._price.given_up(row.answered, row.target, row.confidence)
-            elif row.wish.deadline_s is None:
+            self._take_out(row)
+            if row.wish.exit_at is not None and row.wish.deadline_s is None:
                 self._wait(row, max(now_s, row.patient_until_s))
-                continue
-            decision.done.append((row, "load"))
+            else:
+                self._answer(row, decision)
+
+    def _answer(self, row: Row, decision: Decision) -> None:
+        """Its latest answer is final, for lack of time."""
+        assert row.answered is not None
+        if row.wish.exit_at is None:
+            self._price.given_up(row.answered, row.target, row.confidence)
+        decision.done.append((row, "load"))
 
     def _let_go(self, decision: Decision) -> None:
         """Answer those who would gain least, where so many wait for a better answer that most wait in vain: they would
@@ -274,15 +276,11 @@ class LadderEdf:
         excess = sum(map(len, self._deeper.values())) - _MOST_BATCHES * self._offer.profile.max_batch
         if excess <= 0:
             return
-        free = [(queue.key(place), row) for queue in self._deeper.values() for place, row in enumerate(queue)]
-        free = [(key, row) for key, row in free if row.wish.exit_at is None]
-        for key, row in sorted(free, key=lambda each: each[0], reverse=True)[:excess]:
-            assert row.place is not None
-            assert row.answered is not None
-            row.place[0].remove(key)
-            self._moves(row)
-            self._price.given_up(row.answered, row.target, row.confidence)
-            decision.done.append((row, "load"))
+        waiting = [(queue.key(place), row) for queue in self._deeper.values() for place, row in enumerate(queue)]
+        free = [(key, row) for key, row in waiting if row.wish.exit_at is None]
+        for _, row in heapq.nlargest(excess, free, key=lambda each: each[0]):
+            self._take_out(row)
+            self._answer(row, decision)
 
     def _set_aside(self, now_s: float, decision: Decision) -> None:
         """Rows that are too late for a first answer make room for those that are not."""
@@ -297,8 +295,7 @@ class LadderEdf:
                 _, key = row.place
                 if key[0] != row.deadline_s:  # it has none, or was too late before
                     continue
-                queue.remove(key)
-                self._moves(row)
+                self._take_out(row)
                 if not row.at and row.deadline_s <= now_s:
                     decision.expired.append(row)
                 elif row.wish.strict:
@@ -347,7 +344,7 @@ class LadderEdf:
         rows = queue.take_places(places)
         if alone and (direct := self._direct(rows, now_s, spare_s)) is not None:
             return rows, direct
-        return self._joined(rows, segment, now_s, min(spare_s, self._quantum_s()), self.spare_s(now_s))
+        return self._join(rows, segment, now_s, min(spare_s, self._quantum_s()), self.spare_s(now_s))
 
     def _first_places(self, segment: Segment, queue: SortedQueue[Row], now_s: float) -> list[int]:
         """Which rows of the queue the batch has."""
@@ -414,6 +411,13 @@ class LadderEdf:
                 took_s = profile.latency_s(segment, len(places) + 1)
         return best
 
+    def _join(
+        self, rows: list[Row], segment: Segment, now_s: float, limit_s: float, spare_s: float
+    ) -> tuple[list[Row], Segment]:
+        """See `join`: with all rows that wait in order."""
+        queues = (*self._first.items(), *self._deeper.items())
+        return join(rows, segment, queues, self._offer.profile, now_s + self._offer.reserve_s, limit_s, spare_s)
+
     def _late_answers(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment | None]:
         """Rows that nobody else keeps from their late answer."""
         if not self._late:
@@ -422,54 +426,7 @@ class LadderEdf:
         limit_s = min(spare_s, self._quantum_s())
         most = next((size for size in self._sizes if self._offer.profile.latency_s(segment, size) <= limit_s), 1)
         places = islice((place for place, row in enumerate(self._late) if row.target == target), most)
-        return self._joined(self._late.take_places(places), segment, now_s, limit_s, spare_s)
-
-    def _joined(
-        self, rows: list[Row], segment: Segment, now_s: float, limit_s: float, spare_s: float
-    ) -> tuple[list[Row], Segment]:
-        """The batch with those that go to the same block next, as far as that makes none of it late, takes no longer than
-        `limit_s`, and for the sake of deeper work no longer than `spare_s`; and as many of the blocks that all go to as fit
-        into `limit_s`."""
-        profile, start_s = self._offer.profile, now_s + self._offer.reserve_s
-        whole, took_s = segment, profile.latency_s(segment, len(rows))
-        earliest_s = min(row.deadline_s for row in rows)
-        if earliest_s < start_s + took_s:
-            earliest_s = math.inf  # some are late anyway
-        for other_segment, queue in self._alike(segment):
-            room = profile.max_batch - len(rows)
-            if room <= 0:
-                break
-            common = _common(segment, other_segment)
-            took_s = profile.latency_s(common, len(rows) + min(room, len(queue)))
-            rest_s = 0.0
-            if common != whole:
-                rest_s = profile.latency_s(Segment(whole.nodes[len(common.nodes) :], embed=False), len(rows))
-            if took_s > limit_s or earliest_s < start_s + took_s + rest_s:
-                continue
-            if took_s > spare_s and queue[0].answered is not None:  # first answers have to run anyway
-                continue
-            in_time = (place for place, row in enumerate(queue) if row.deadline_s >= start_s + took_s)
-            joining = queue.take_places(islice(in_time, room))
-            if joining:
-                segment = common
-                rows = rows + joining
-                earliest_s = min(earliest_s, *(row.deadline_s for row in joining))
-        urgent_s = min((row.deadline_s for row in rows if row.answered is None), default=math.inf)
-        while len(segment.nodes) > 1 and profile.latency_s(segment, len(rows)) > limit_s:
-            shorter = Segment(segment.nodes[:-1], segment.embed)
-            rest = Segment(whole.nodes[len(shorter.nodes) :], embed=False)
-            in_two_s = profile.latency_s(shorter, len(rows)) + profile.latency_s(rest, len(rows))
-            if start_s + profile.latency_s(segment, len(rows)) <= urgent_s < start_s + in_two_s:
-                break  # a first answer that would be in time in one run and not in two
-            segment = shorter
-        return rows, segment
-
-    def _alike(self, segment: Segment) -> Iterator[tuple[Segment, SortedQueue[Row]]]:
-        """The queues of rows that go to the first block of `segment` next, from the same kind of source."""
-        for queues in (self._first, self._deeper):
-            for other, queue in queues.items():
-                if queue and other.embed == segment.embed and other.nodes[0] == segment.nodes[0]:
-                    yield other, queue
+        return self._join(self._late.take_places(places), segment, now_s, limit_s, spare_s)
 
 
 def _outdated(entry: tuple[float, int, int, Row]) -> bool:
@@ -479,13 +436,3 @@ def _outdated(entry: tuple[float, int, int, Row]) -> bool:
 
 def _not_empty(queues: Queues) -> Queues:
     return {segment: queue for segment, queue in queues.items() if queue}
-
-
-def _common(one: Segment, other: Segment) -> Segment:
-    """The blocks that both begin with."""
-    count = 0
-    for node, also in zip(one.nodes, other.nodes, strict=False):
-        if node != also:
-            break
-        count += 1
-    return Segment(one.nodes[:count], one.embed)

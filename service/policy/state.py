@@ -224,7 +224,3 @@ class Policy(Protocol):
     def waiting(self) -> int:
         """How many rows wait (those that run do not)."""
         ...
-
-    def rows(self) -> list[Row]:
-        """The rows that wait, and those that are done and were not told of yet."""
-        ...

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import load
-from benchmarks.load import Outcome, Percentiles, Request, attainment, lateness, percentiles, replay, run_replay
+from benchmarks.load import Outcome, Request, lateness, replay, run_replay
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -261,7 +261,7 @@ def outcome(scheduled_s: float, sent_s: float, done_s: float, status: int | None
     return Outcome(scheduled_s, sent_s, done_s, status, b"", None if status else "lost")
 
 
-def test_figures_are_over_all_arrivals_and_from_the_scheduled_time() -> None:
+def test_lateness_is_the_share_of_all_that_were_sent_late() -> None:
     outcomes = [
         outcome(1.0, 1.0, 1.010),
         outcome(2.0, 2.002, 2.005),  # late, and yet in time
@@ -271,13 +271,8 @@ def test_figures_are_over_all_arrivals_and_from_the_scheduled_time() -> None:
     ]
     assert lateness(outcomes) == 0.2
     assert lateness(outcomes, late_s=0.0001) == 0.4
-    assert attainment(outcomes, 0.02) == 0.4
-    assert attainment(outcomes, 0.05) == 0.6
-    assert percentiles(outcomes) == Percentiles(*(pytest.approx(value) for value in (0.010, 0.028, 0.0296)))
-    assert percentiles(outcomes[3:]) is None
 
 
-def test_figures_of_nothing_are_refused() -> None:
-    for figure in (lateness, lambda outcomes: attainment(outcomes, 1.0)):
-        with pytest.raises(ValueError, match="at least one"):
-            figure([])
+def test_lateness_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        lateness([])

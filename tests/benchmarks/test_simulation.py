@@ -124,5 +124,5 @@ def test_figures_are_of_all_arrivals_and_of_those_in_time() -> None:
         budget_s=1.0,
     )
     assert (report.attainment, report.goodput, report.accuracy, report.mean_depth) == (0.5, 0.25, 0.5, 2.0)
-    nothing = Report(report.depth, report.right, np.full(4, np.inf), 1.0)
+    nothing = Report(1.0, report.depth, report.right, np.full(4, np.inf))
     assert (nothing.attainment, nothing.goodput, nothing.accuracy, nothing.mean_depth) == (0, 0, 0, 0)

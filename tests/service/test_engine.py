@@ -13,7 +13,7 @@ from service.answers import Answer
 from service.errors import DeadlineExpired, DeadlineInfeasible, InferenceFailed, NotReady, QueueFull
 from service.policy.wish import Wish
 from service.predict import _prediction
-from service.profile import LatencyProfile
+from service.profile import LatencyProfile, Segment
 from tests.fakes import fake_manifest, fake_model, fake_parts, rows
 from tests.service.bench import Bench, bench, run
 
@@ -607,5 +607,67 @@ def test_a_traced_request_has_a_queue_and_its_segments_as_parts() -> None:
             assert sum(span.end_s - span.start_s for span in answer.spans[1:]) == pytest.approx(answer.compute_s)
         async with bench() as b:
             assert (await b.ask(0.1)).spans == ()
+
+    run(test)
+
+
+def test_an_input_on_which_the_model_overflows_fails_alone() -> None:
+    """An answer that is no number once broke the order of the queues, and with it everybody's requests."""
+
+    async def test() -> None:
+        async with bench() as b:
+            tasks: list[asyncio.Task[Answer]] = []
+
+            async def start() -> None:
+                tasks.extend([b.ask(float("nan")), b.ask(0.1)])
+
+            await b.held(start)
+            with pytest.raises(InferenceFailed, match="overflowed"):
+                await tasks[0]
+            assert (await tasks[1]).rows
+
+    run(test)
+
+
+def test_an_idle_server_does_not_refuse_for_ever_because_of_how_slow_it_once_was() -> None:
+    """Nothing ran, because too much was expected, so nothing was learned."""
+
+    async def test() -> None:
+        async with bench() as b:
+            assert b.model.profile is not None
+            for _ in range(50):
+                b.model.profile.observe(Segment((4,), embed=True), 1, 1.0)
+            refusals = 0
+            while True:
+                try:
+                    await b.ask(0.1, budget_s=0.01, strict=True)
+                except DeadlineInfeasible:
+                    refusals += 1
+                else:
+                    break
+            assert 0 < refusals < 60
+
+    run(test)
+
+
+def test_the_smallest_feasible_budget_is_feasible() -> None:
+    """Rows that are due later than a budget that cannot be met may be due before the one that can."""
+
+    async def test() -> None:
+        async with bench() as b:
+            refused: list[DeadlineInfeasible] = []
+            tasks: list[asyncio.Task[Answer]] = []
+
+            async def start() -> None:
+                tasks.extend(b.ask(0.1, budget_s=0.006, path=(4,)) for _ in range(8))
+                await asyncio.sleep(0)
+                with pytest.raises(DeadlineInfeasible, match="expected at least 9 ms") as error:
+                    await b.ask(0.1, budget_s=0.005, strict=True, path=(1, 2, 3, 4, 5, 6, 7))
+                refused.append(error.value)
+                tasks.append(b.ask(0.1, budget_s=0.0091, strict=True, path=(1, 2, 3, 4, 5, 6, 7)))
+
+            await b.held(start)
+            await asyncio.gather(*tasks)
+            assert refused[0].details == {"smallest_feasible_budget_ms": 9.0}
 
     run(test)

@@ -26,6 +26,7 @@ FAMILIES: dict[str, dict[Path, float]] = {
     "all": RISING,
     "ladder": LADDER,
     "no ladder": {(2, 4): 0.5, (1, 2, 4): 0.6, (2, 4, 6): 0.7},
+    "front": {(1, 2, 3, 4): 0.5, (1, 2, 4, 6, 7): 0.6, (1, 2, 3, 4, 6, 7): 0.7},
     "restart": LADDER | {(2, 4, 6): 0.9},
     "one": {(4, 6): 0.7},
 }
@@ -106,7 +107,8 @@ class Device:
             decision = self.policy.decide(self.now_s)
             self._note(decision)
             waiting = self.policy.waiting()
-            assert waiting == len(self.policy.rows()) == sum(not row.fate for row in self.rows) - _size(decision.batch)
+            assert waiting == sum(row.place is not None for row in self.rows)
+            assert waiting == sum(not row.fate for row in self.rows) - _size(decision.batch)
             if decision.batch is not None:
                 self._run(decision.batch)
                 continue
@@ -115,7 +117,6 @@ class Device:
             next_s = min(wake_s, self._events[0][0] if self._events else math.inf)
             if next_s == math.inf:
                 assert waiting == 0
-                assert self.policy.rows() == []
                 return self
             self.now_s = next_s
         raise AssertionError("the policy comes to no end")

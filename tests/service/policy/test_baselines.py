@@ -29,39 +29,39 @@ def test_aimd_grows_by_one_and_shrinks_by_a_tenth() -> None:
     policy = Aimd(offer, (4,))
     device = Device(policy, offer).play(Come(0.0, Wish(deadline_s=10.0)) for _ in range(15))
     assert [len(batch.rows) for batch in device.batches] == [1, 2, 3, 4, 5]
-    assert policy.choose(0.0, 1.0, 1)[1] == 6
+    assert policy.choose(1.0, 1)[1] == 6
     Device(policy, offer, now_s=device.now_s).play([Come(device.now_s, Wish(deadline_s=device.now_s + 1e-6))])
-    assert policy.choose(0.0, 1.0, 1)[1] == 5
+    assert policy.choose(1.0, 1)[1] == 5
 
 
 def test_cheapest_is_the_shallowest_within_its_tolerance() -> None:
     offer = make_offer()
-    assert Cheapest(offer).choose(0.0, 1.0, 1)[0] == FRONT[-2]
-    assert Cheapest(offer, tolerance=1.0).choose(0.0, 1.0, 1)[0] == FRONT[0]
-    assert Cheapest(offer, tolerance=0.0).choose(0.0, 1.0, 1)[0] == REFERENCE
+    assert Cheapest(offer).choose(1.0, 1)[0] == FRONT[-2]
+    assert Cheapest(offer, tolerance=1.0).choose(1.0, 1)[0] == FRONT[0]
+    assert Cheapest(offer, tolerance=0.0).choose(1.0, 1)[0] == REFERENCE
 
 
 def test_max_accuracy_takes_the_best_path_first_and_max_batch_the_most_rows() -> None:
     slack_s = latency_s(REFERENCE)
-    assert MaxAccuracy(make_offer()).choose(0.0, slack_s, MAX_BATCH) == (REFERENCE, 1)
-    path, rows = MaxBatch(make_offer()).choose(0.0, slack_s, MAX_BATCH)
+    assert MaxAccuracy(make_offer()).choose(slack_s, MAX_BATCH) == (REFERENCE, 1)
+    path, rows = MaxBatch(make_offer()).choose(slack_s, MAX_BATCH)
     assert rows == MAX_BATCH
     assert path == next(each for each in reversed(FRONT) if latency_s(each, MAX_BATCH) <= slack_s) != REFERENCE
 
 
 @pytest.mark.parametrize("policy", [MaxAccuracy, MaxBatch, SlackFit])
 def test_without_any_slack_it_is_one_row_on_the_shallowest_path(policy) -> None:
-    assert policy(make_offer()).choose(0.0, -1.0, 9) == (FRONT[0], 1)
+    assert policy(make_offer()).choose(-1.0, 9) == (FRONT[0], 1)
 
 
 @pytest.mark.parametrize("policy", [MaxAccuracy, MaxBatch, SlackFit])
 def test_with_all_the_time_it_is_the_reference_path(policy) -> None:
-    assert policy(make_offer()).choose(0.0, 1.0, 1)[0] == REFERENCE
+    assert policy(make_offer()).choose(1.0, 1)[0] == REFERENCE
 
 
 @pytest.mark.parametrize("slack_s", [0.002, 0.003, 0.005, 0.01, 0.02])
 def test_what_slackfit_chooses_fits(slack_s: float) -> None:
-    path, rows = SlackFit(make_offer()).choose(0.0, slack_s, 100)
+    path, rows = SlackFit(make_offer()).choose(slack_s, 100)
     assert latency_s(path, rows) <= slack_s
     width_s = (latency_s(REFERENCE, MAX_BATCH) - latency_s(FRONT[0], 1)) / 20
     best_s = max(latency_s(p, n) for p in FRONT for n in (1, 2, 4) if latency_s(p, n) <= slack_s)
