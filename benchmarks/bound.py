@@ -86,9 +86,9 @@ def _concave_hull(points: Floats) -> tuple[Floats, Floats]:
     return np.array(xs), np.array(ys)
 
 
-def upper_bound(arrivals_s: Floats, budget_s: float, outcomes: Outcomes, profile: LatencyProfile) -> float:
-    """The share of arrivals that can be answered correctly and in time, at the most, by one server."""
-    seconds, value = value_of_time(outcomes, profile)
+def upper_bound(arrivals_s: Floats, budget_s: float, seconds: Floats, value: Floats) -> float:
+    """About the share of arrivals that can be answered correctly and in time, at the most, by one server, where time has
+    this value (`value_of_time`)."""
     pauses = np.flatnonzero(np.diff(arrivals_s) > budget_s) + 1  # after these everything begins anew
     right = 0.0
     for rows in np.split(arrivals_s, pauses):

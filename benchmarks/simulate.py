@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import traces
-from benchmarks.bound import upper_bound
+from benchmarks.bound import upper_bound, value_of_time
 from benchmarks.cells import LIVE, LONG, MATRIX, Cell
 from benchmarks.outcomes import digits_of, record
 from benchmarks.plots import draw_loads
@@ -47,6 +47,7 @@ class World:
     ratios: tuple[float, ...]
     outcomes: Outcomes
     hardware: Hardware
+    value: tuple[traces.Arrivals, traces.Arrivals]  # of time: see `benchmarks.bound`
 
     def fresh(self, policy: str) -> tuple[Policy, Offer]:
         """A policy of one server, with a profile of its own that begins as the measured one."""
@@ -107,7 +108,8 @@ def open_world(bundle: Path, hardware: Hardware) -> World:
     profile = model.profile
     offer = Offer.of(manifest, profile, _RESERVE_S)
     ratios = tuple(profile.ratio(rows) for rows in profile.parts.batches)
-    return World(offer, profile.parts, ratios, record(bundle, manifest, digits_of(manifest)), hardware)
+    outcomes = record(bundle, manifest, digits_of(manifest))
+    return World(offer, profile.parts, ratios, outcomes, hardware, value_of_time(outcomes, profile))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ def _play(job: Job) -> Played:
         raise AssertionError(f"{lost} of {len(arrivals)} requests were lost: {job}")
     bound = math.nan
     if servers == 1 and job.policy == DEFAULT_POLICY:
-        bound = upper_bound(arrivals, budget_s, world.outcomes, LatencyProfile(world.parts))
+        bound = upper_bound(arrivals, budget_s, *world.value)
     return Played(job, len(arrivals), report.goodput, report.attainment, report.accuracy, report.mean_depth, bound)
 
 

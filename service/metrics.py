@@ -15,30 +15,22 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+
+        def histogram(name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, about, labels, buckets=buckets, registry=registry)
+
         self.requests = Counter("hbll_requests", "Requests admitted", ["model"], registry=registry)
         self.refusals = Counter("hbll_refusals", "Requests answered by an error", ["code"], registry=registry)
         self.answers = Counter("hbll_answers", "Rows answered", ["model", "depth", "stopped_by"], registry=registry)
         self.block_rows = Counter("hbll_block_rows", "Rows times blocks run: the work done", ["model"], registry=registry)
         self.deadlines = Counter("hbll_deadlines", "Requests with a budget answered", ["model", "met"], registry=registry)
         self.queue_rows = Gauge("hbll_queue_rows", "Rows that wait", registry=registry)
-        self.queue_seconds = Histogram(
-            "hbll_queue_seconds", "From arrival to the first block", ["model"], buckets=_SECONDS, registry=registry
-        )
-        self.compute_seconds = Histogram(
-            "hbll_compute_seconds", "Inference of a request's rows", ["model"], buckets=_SECONDS, registry=registry
-        )
-        self.total_seconds = Histogram(
-            "hbll_total_seconds", "From arrival to the answer", ["model"], buckets=_SECONDS, registry=registry
-        )
-        self.decision_seconds = Histogram(
-            "hbll_decision_seconds", "What the policy takes to decide", buckets=_DECISIONS, registry=registry
-        )
-        self.profile_ratio = Histogram(
-            "hbll_profile_ratio",
-            "What a run took, by what it was expected to take",
-            ["model"],
-            buckets=_RATIOS,
-            registry=registry,
+        self.queue_seconds = histogram("hbll_queue_seconds", "From arrival to the first block", _SECONDS, "model")
+        self.compute_seconds = histogram("hbll_compute_seconds", "Inference of a request's rows", _SECONDS, "model")
+        self.total_seconds = histogram("hbll_total_seconds", "From arrival to the answer", _SECONDS, "model")
+        self.decision_seconds = histogram("hbll_decision_seconds", "What the policy takes to decide", _DECISIONS)
+        self.profile_ratio = histogram(
+            "hbll_profile_ratio", "What a run took, by what it was expected to take", _RATIOS, "model"
         )
         self.audits = Counter(
             "hbll_audits", "Audits of certified answers", ["model", "epsilon", "differs"], registry=registry
@@ -48,20 +40,14 @@ class Metrics:
         )
         self.worker_deaths = Counter("hbll_worker_deaths", "Deaths of the inference thread", registry=registry)
         self.reloads = Counter("hbll_reloads", "New versions found", ["model", "loaded"], registry=registry)
-        self.gc_seconds = Histogram(
-            "hbll_gc_pause_seconds", "Pauses by Python's garbage collection", buckets=_DECISIONS, registry=registry
-        )
-        self.failed_seconds = Histogram(
-            "hbll_failed_seconds",
-            "From arrival to the error, of requests that were admitted",
-            ["model"],
-            buckets=_SECONDS,
-            registry=registry,
+        self.gc_seconds = histogram("hbll_gc_pause_seconds", "Pauses by Python's garbage collection", _DECISIONS)
+        self.failed_seconds = histogram(
+            "hbll_failed_seconds", "From arrival to the error, of requests that were admitted", _SECONDS, "model"
         )
         self.last_answer = Gauge(
             "hbll_last_answer_timestamp_seconds", "When a request was answered last", ["model"], registry=registry
         )
-        self.batch_rows = Histogram("hbll_batch_rows", "Rows of one inference", ["model"], buckets=_ROWS, registry=registry)
+        self.batch_rows = histogram("hbll_batch_rows", "Rows of one inference", _ROWS, "model")
         self.ready = Gauge("hbll_ready", "1 when the server is ready", registry=registry)
 
     def clear(self) -> None:

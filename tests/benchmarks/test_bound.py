@@ -78,5 +78,6 @@ def test_no_policy_beats_the_bound_by_more_than_chance() -> None:
             return make_policy("ladder-edf", offer), offer
 
         got = simulate(arrivals, 0.02, outcomes(), make, hardware=Hardware(jitter=0.05)).goodput  # type: ignore[arg-type]
-        bound = upper_bound(arrivals, 0.02, outcomes(), LatencyProfile(fake_parts(batches=(1, 2, 4, 8), block_s=0.001)))
+        profile = LatencyProfile(fake_parts(batches=(1, 2, 4, 8), block_s=0.001))
+        bound = upper_bound(arrivals, 0.02, *value_of_time(outcomes(), profile))
         assert got <= bound + 0.02
