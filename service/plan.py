@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 
 from family.tree import format_path
 from service.call import Call, open_call
 from service.context import Context, Ctx, errors, milliseconds
 from service.drift import DriftWatch
 from service.errors import InvalidInput, NotReady
+from service.keys import require_operator
 from service.media import JSON, reading
 from service.policy.state import Step
 from service.repository import ServedModel
@@ -77,7 +78,12 @@ async def audits(model: str, ctx: Ctx) -> Audits:
     return _audits(served, _drift(ctx, served))
 
 
-@router.post("/v1/models/{model}/audits/reset", tags=["models"], responses=errors(404, 415, 422, 500, 503))
+@router.post(
+    "/v1/models/{model}/audits/reset",
+    tags=["models"],
+    responses=errors(403, 404, 415, 422, 500, 503),
+    dependencies=[Depends(require_operator)],
+)
 async def reset_audits(model: str, ctx: Ctx) -> Audits:
     """Trust the certificate again: forget all audits, and let levels exit early whose alarm was raised."""
     served = ctx.repository.get(model)

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.access import note_answer
 from service.answers import Answer
 from service.call import Call, count_answered, count_failed, learn_send, open_call, trace
 from service.context import context_of, errors, milliseconds
@@ -102,6 +103,7 @@ async def infer(request: Request) -> Response:
     count_answered(ctx.metrics, call, total_s)
     learn_send(call, answer)
     trace(ctx, request, call, answer.spans, 200)
+    note_answer(request, answer, deadline_met=call.deadline_met(total_s))
     header = _header(call, answer, message.id, total_s)
     coding = accepted_coding(request.headers.get("accept-encoding", ""))
     return write_response(header, wanted, answer.rows, manifest, coding)
