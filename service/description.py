@@ -45,7 +45,8 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
             operation.setdefault("parameters", []).append({"$ref": f"#/components/parameters/{HEADER}"})
             for status, response in operation["responses"].items():
                 response["headers"] = _headers(status)
-                if response.get("content", {}).get("application/json", {}).get("schema") == _ERROR:
+                if {"schema": _ERROR} in response.get("content", {}).values():
+                    response["content"] = {"application/json": {"schema": _ERROR}}  # also where answers are plain text
                     assert errors.setdefault(status, response) == response, "a status means the same everywhere"
                     operation["responses"][status] = {"$ref": f"#/components/responses/{status}"}
     document.setdefault("components", {}).update(
