@@ -101,11 +101,10 @@ class Keys:
 
 
 def find_key(keys: Iterable[Key], digest: bytes) -> Key | None:
-    """The key with this digest. Looks at all of them, whatever it finds."""
-    found = None
+    """The key with this digest. Looks at all of them, whatever it finds, and does the same whether it finds it."""
+    found: Key | None = None
     for key in keys:
-        if hmac.compare_digest(key.digest, digest):
-            found = key
+        found = (found, key)[hmac.compare_digest(key.digest, digest)]
     return found
 
 

@@ -100,7 +100,7 @@ class Settings(BaseSettings, ModelSettings):
     max_image_pixels: int = Field(16_000_000, ge=1, description="pixels of all images of a request, before resizing")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="longest request body, as sent and decompressed")
     max_header_bytes: int = Field(32 * 1024, ge=1024, description="longest URL and headers of a request; beyond: 431")
-    max_connections: int = Field(1000, ge=1, description="open connections; a request on one more gets 503")
+    max_connections: int = Field(4096, ge=1, description="open connections; a request on one more gets 503")
     header_timeout_s: float = Field(10, gt=0, description="for a request's headers to arrive, from the connection's start")
     body_timeout_s: float = Field(30, gt=0, description="for a request's whole body to arrive; beyond: 408")
 

@@ -98,13 +98,11 @@ def test_both_logs_are_json_and_know_no_secret(guarded: Guarded) -> None:
     assert line.pop("time").endswith("+00:00")
     assert line.pop("duration_ms") > 0
     assert line.pop("bytes_out") > 100
-    assert (
-        line
-        == {
-            "request_id": "this-one",
-            "method": "POST",
-            "route": "/v1/models/{model}/predict",
-            "status": 200,
+    assert line == {
+        "request_id": "this-one",
+        "method": "POST",
+        "route": "/v1/models/{model}/predict",
+        "status": 200,
         "model": "digits",
         "depth": 2,
         "stopped_by": "depth",
