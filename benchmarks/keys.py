@@ -5,8 +5,8 @@
 Tokens are checked in turn, in a new random order each round, so that whatever else the machine does meets all alike. Each
 kind is told by its median and compared with wrong tokens by how often it takes longer (0.5: no difference; ties count
 half), with the interval in which 95 % of such shares would lie if times were independent and there were no difference. The
-control, wrong tokens against wrong tokens, says how far off they are by themselves here. That a whole check of a wrong token
-takes longer is the exception, and tells no more than the 401 does.
+control, wrong tokens against wrong tokens, says how far off they are by themselves here. A whole check takes longer if the
+token is wrong, by the exception; that tells no more than the 401 does.
 """
 
 from __future__ import annotations

@@ -47,11 +47,14 @@ class Access:
         state["arrived_s"] = time.monotonic()
         own = _sane_id(scope["headers"]) or secrets.token_hex(16).encode()
         state["request_id"] = own.decode()
-        request_id.set(state["request_id"])
-        if self._log and "internal" not in state:
-            await self._logged(scope, receive, send, own)
-        else:
-            await self._answer(scope, receive, send, own)
+        token = request_id.set(state["request_id"])
+        try:
+            if self._log and "internal" not in state:
+                await self._logged(scope, receive, send, own)
+            else:
+                await self._answer(scope, receive, send, own)
+        finally:
+            request_id.reset(token)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, own: bytes) -> None:
         started = False
@@ -76,7 +79,8 @@ class Access:
             await response(scope, receive, send_with_id)
 
     async def _logged(self, scope: Scope, receive: Receive, send: Send, own: bytes) -> None:
-        status, bytes_in, bytes_out = 0, 0, 0
+        status: int | None = None  # nobody was there any more to get one
+        bytes_in = bytes_out = 0
 
         async def counted_receive() -> Message:
             nonlocal bytes_in

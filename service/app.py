@@ -49,7 +49,8 @@ latency budget allow. Wishes: an explicit `depth` or `path`, a `latency_budget_m
 
 
 def create_app(settings: Settings | None = None, repository: Repository | None = None) -> FastAPI:
-    """Build the application; `uvicorn --factory service.app:create_app` works too, set by `HBLL_*` variables.
+    """Build the application; `uvicorn --factory service.app:create_app` works too, set by `HBLL_*` variables. What concerns
+    the socket, its connections and the logs is then uvicorn's: `service.listener` and `service.logs` have no part in it.
 
     Models are checked and loaded here, so that a damaged bundle stops start-up; they are warmed up once it runs.
 

@@ -46,13 +46,9 @@ def default_of(name: str) -> str:
     field = Settings.model_fields[name]
     if field.default_factory is not None:
         return _DEPENDS[name]
-    return (
-        ""
-        if field.default is None
-        else str(field.default).lower()
-        if isinstance(field.default, bool)
-        else str(field.default)
-    )
+    if field.default is None:
+        return ""
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
 
 def settings_flags(command: F) -> F:

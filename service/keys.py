@@ -101,10 +101,11 @@ class Keys:
 
 
 def find_key(keys: Iterable[Key], digest: bytes) -> Key | None:
-    """The key with this digest. Looks at all of them, whatever it finds, and does the same whether it finds it."""
-    found: Key | None = None
+    """The key with this digest. Looks at all of them, whatever it finds."""
+    found = None
     for key in keys:
-        found = (found, key)[hmac.compare_digest(key.digest, digest)]
+        if hmac.compare_digest(key.digest, digest):
+            found = key
     return found
 
 

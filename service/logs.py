@@ -6,6 +6,8 @@ import logging.config
 from contextvars import ContextVar
 from typing import Literal
 
+from pythonjsonlogger.core import RESERVED_ATTRS
+
 ACCESS_LOGGER = "hbll.access"
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -36,8 +38,9 @@ def configure_logs(log_format: Literal["text", "json"]) -> None:
                     "fmt": "%(levelname)s %(name)s %(message)s",
                     "rename_fields": {"levelname": "level", "name": "logger"},
                     "timestamp": "time",
+                    "reserved_attrs": [*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals
                 },
-                "access": {"()": formatter, "fmt": "", "timestamp": "time"},
+                "access": {"()": formatter, "fmt": "%(request_id)s", "timestamp": "time"},
             },
             "handlers": {
                 "messages": {
