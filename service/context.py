@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 
 from service.answers import Engine
 from service.metrics import Metrics
-from service.repository import Repository
+from service.repository import Repository, ServedModel
 from service.schemas import Error
 from service.settings import Settings
 from service.tracing import Tracer
@@ -26,13 +26,17 @@ class Context:
         self.engine = engine
         self.metrics = metrics
         self.tracer = tracer
-        self.loading = asyncio.Lock()  # one new version at a time
+        self.loading = asyncio.Lock()  # versions come and go one at a time
         self.warm = False
 
     @property
     def ready(self) -> bool:
         """Every model is loaded and warm, and the engine lives."""
         return self.warm and self.engine.ready
+
+    def answers(self, served: ServedModel) -> bool:
+        """Whether this version of a model answers now."""
+        return self.ready and served.profile is not None
 
 
 def context_of(request: Request) -> Context:

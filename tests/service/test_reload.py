@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from family.manifest import BundleError
 from service.app import create_app
 from service.context import Context
-from service.reload import load_version
+from service.reload import follow
 from service.repository import Repository, ServedModel
 from service.settings import Settings
 from tests.fakes import FakeRunner, fake_model
@@ -111,7 +111,7 @@ def test_the_old_version_is_freed_on_an_idle_server_too(shelf: Shelf) -> None:
             assert (await http.post(URL, json=BODY)).status_code == 200
             old = weakref.ref(context.repository.get("fake").runner)
             shelf.put(2)
-            await load_version(context, "fake", 2)
+            await follow(context, "fake")
             await asyncio.sleep(0)
             await until(lambda: gc.collect() >= 0 and old() is None)
 
@@ -210,7 +210,7 @@ def test_a_request_that_is_read_while_its_model_is_replaced_is_answered_by_the_o
                 asking = asyncio.create_task(http.post(URL, json=body))
                 await asyncio.to_thread(decoding.wait, 30)
                 shelf.put(2)
-                await load_version(context, "fake", 2)
+                await follow(context, "fake")
                 await until(lambda: len(context.engine._scheduler.policies) == 1)
                 replaced.set()
                 response = await asking
