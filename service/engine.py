@@ -305,7 +305,7 @@ class Engine:
         self._well = False
         self.metrics.worker_hangs.inc()
         logger.error(
-            "inference of %d rows of version %d of %s has not ended after %.0f s, and %.3f s were expected: "
+            "inference of %d rows of version %d of %s has not ended after %.3g s, and %.3g s were expected: "
             "the server is not ready until it does",
             len(batch.rows),
             model.version,

@@ -23,7 +23,7 @@ async def watch_repository(context: Context) -> None:
         except OSError as exc:
             logger.warning("the repository cannot be searched for new versions: %s", exc)
             continue
-        for name in names:
+        for name in sorted({*names, *context.repository.refused}):
             try:
                 await follow(context, name)
             except Exception:  # one model less is no reason to look for no more
