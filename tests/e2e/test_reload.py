@@ -30,7 +30,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
 
 
 def metric(server: LiveServer, line: str) -> float:
-    found = [text for text in httpx.get(f"{server.url}/metrics").text.splitlines() if text.startswith(line)]
+    found = [text for text in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines() if text.startswith(line)]
     return float(found[0].split()[-1]) if found else 0.0
 
 
@@ -119,7 +119,9 @@ def test_versions_come_and_go_beside_each_other_without_one_failed_request(model
     server = start_server(models, tmp_path, {"HBLL_POLL_S": "0.1", "HBLL_VERSIONS": "2"})
 
     def ask(version: int) -> httpx.Response:
-        return httpx.post(f"{server.url}/v1/models/digits/versions/{version}/predict", content=ROW, headers=HEADERS)
+        return httpx.post(
+            f"{server.url}/v1/models/digits/versions/{version}/predict", content=ROW, headers=HEADERS, timeout=30
+        )
 
     try:
         clients = Clients(server.url, rising=False)
@@ -139,9 +141,9 @@ def test_versions_come_and_go_beside_each_other_without_one_failed_request(model
             clients.stop()
         assert clients.failures == []
         assert set(clients.versions) == {1, 2, 3}
-        told = httpx.get(f"{server.url}/v1/models/digits/versions").json()["versions"]
+        told = httpx.get(f"{server.url}/v1/models/digits/versions", timeout=30).json()["versions"]
         assert [(each["version"], each["ready"], each["default"]) for each in told] == [(2, True, True), (1, True, False)]
-        httpx.get(f"{server.url}/metrics")
+        httpx.get(f"{server.url}/metrics", timeout=30)
         assert metric(server, 'hbll_requests_total{model="digits",version="2"}') > 0
         assert metric(server, 'hbll_requests_total{model="digits",version="3"}') == 0
         assert "Traceback" not in server.log.read_text()
