@@ -148,8 +148,8 @@ def markdown(base: RunConfig, sizes: Sequence[int], seeds: Sequence[int], record
         sections += [
             "## Families less separate networks",
             _wrap(
-                "Points of test accuracy, a family at equal work less separate networks of the same blocks, paired by seed: mean "
-                "± standard error."
+                "Points of test accuracy, a family at equal work less separate networks of as many blocks, paired by "
+                "seed: mean ± standard error."
             ),
             _difference_table(sizes, found),
         ]
