@@ -63,7 +63,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         429: "Too many rows wait already; Retry-After says when to ask again",
         500: "The server met an error of its own",
         501: "Not served here",
-        503: "Warming up or shutting down; Retry-After says when to ask again",
+        503: "Warming up, shutting down or stuck; Retry-After says when to ask again",
         504: "The budget ran out before any block had run, or a strict request's cannot be met",
     }
     return {status: {"model": Error, "description": meanings[status]} for status in statuses}

@@ -227,7 +227,7 @@ class PathSummary(_Schema):
     parameters: int
     weights_bytes: int = Field(
         description="what its parameters take in FP32: what it would hold by itself, and shares with the other paths here",
-        examples=[247272],
+        examples=[90856],
     )
     pareto: bool = Field(description="no path of as few or fewer blocks is as accurate")
     best_of_depth: bool = Field(description="what `depth` chooses")
@@ -238,13 +238,13 @@ class ModelMemory(_Schema):
 
     weights_bytes: int = Field(description="its weights on disk: of all paths together, once", examples=[835776])
     separate_bytes: int = Field(
-        description="the weights of all served paths, if each were loaded by itself", examples=[9230944]
+        description="the weights of all served paths, if each were loaded by itself", examples=[8338600]
     )
     grown_bytes: int | None = Field(
         description="by how much the server's memory (proportional set size) grew while this version was loaded and "
         "measured, whatever else it did meanwhile; the first model also pays for the runtime, and what an earlier version "
         "left is used again; null where the system does not tell",
-        examples=[24117248],
+        examples=[9224192],
     )
 
 
