@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from uvicorn.config import STARTUP_FAILURE
 
-from family.manifest import BundleError, Manifest, check_files, load_manifest
+from family.manifest import WEIGHTS_FILE, BundleError, Manifest, check_files, load_manifest
 from family.tree import format_path
 from service.app import create_app
 from service.flags import others, settings_flags
 from service.keyring import KeysError
 from service.listener import BadCertificate, server_config
 from service.logs import configure_logs
+from service.memory import PARAMETER_BYTES
 from service.sources import WrongSettings, load_settings
 
 console = Console()
@@ -40,8 +41,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 def serve(show_config: bool, **flags: Any) -> None:
     """Serve the model repository MODELS, a folder of MODEL/VERSION/ bundles (default: models).
 
-    Of each model the highest version is served; a higher one that appears later replaces it without a gap. Settings are
-    flags, HBLL_* variables and keys of a TOML file, in this order; docs/settings.md lists them.
+    Of each model the highest version is served (see HBLL_VERSIONS); versions that come or go later are followed without
+    a gap. Settings are flags, HBLL_* variables and keys of a TOML file, in this order; docs/settings.md lists them.
 
     \b
     Examples:
@@ -140,6 +141,12 @@ def inspect(bundle: Path) -> None:
     console.print(path_table(manifest, str(bundle)))
     origin = manifest.provenance
     size = sum((bundle / name).stat().st_size for name in manifest.files)
+    weights = (bundle / WEIGHTS_FILE).stat().st_size
+    separate = PARAMETER_BYTES * sum(entry.parameters for entry in manifest.offered.values())
+    console.print(
+        f"MB: weights of each path by itself, {separate / 1e6:.2f} MB in sum; "
+        f"all {len(manifest.offered)} paths share {weights / 1e6:.2f} MB"
+    )
     if manifest.certificate is not None:
         levels = ", ".join(f"{level.epsilon:g} (exit at {level.threshold:g})" for level in manifest.certificate.levels)
         sequence = " > ".join(manifest.certificate.sequence)
@@ -154,7 +161,8 @@ def inspect(bundle: Path) -> None:
 def path_table(manifest: Manifest, title: str) -> Table:
     """The offered paths of a bundle as a table."""
     table = Table(title=f"{title}: {manifest.name}, hierarchy depth {manifest.hierarchy_depth}")
-    for column in ("path", "depth", "validation %", "test %", "agreement %", "ECE %", "MFLOP", "parameters", ""):
+    shares = ("validation %", "test %", "agreement %", "ECE %")
+    for column in ("path", "depth", *shares, "MFLOP", "parameters", "MB", ""):
         table.add_column(column, justify="left" if column in ("path", "") else "right")
     front, best = set(manifest.front), set(manifest.best_by_depth.values())
     for path, entry in manifest.offered.items():
@@ -168,6 +176,7 @@ def path_table(manifest: Manifest, title: str) -> Table:
             f"{100 * entry.test.calibration_error:.1f}",
             f"{entry.flops / 1e6:.2f}",
             f"{entry.parameters:,}",
+            f"{PARAMETER_BYTES * entry.parameters / 1e6:.2f}",
             "reference" if path == manifest.reference else note,
         )
     return table

@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 from service.answers import Engine
 from service.keys import Keys
 from service.metrics import Metrics
-from service.repository import Repository
+from service.repository import Repository, ServedModel
 from service.schemas import Error
 from service.settings import Settings
 from service.tracing import Tracer
@@ -34,13 +34,17 @@ class Context:
         self.metrics = metrics
         self.tracer = tracer
         self.keys = keys
-        self.loading = asyncio.Lock()  # one new version at a time
+        self.loading = asyncio.Lock()  # versions come and go one at a time
         self.warm = False
 
     @property
     def ready(self) -> bool:
         """Every model is loaded and warm, and the engine lives."""
         return self.warm and self.engine.ready
+
+    def answers(self, served: ServedModel) -> bool:
+        """Whether this version of a model answers now."""
+        return self.ready and served.profile is not None
 
 
 def context_of(request: Request) -> Context:
@@ -72,7 +76,7 @@ def errors(*statuses: int, needs_key: bool = True) -> dict[int | str, dict[str, 
         431: "The URL and headers are too long",
         500: "The server met an error of its own",
         501: "Not served here",
-        503: "Warming up or shutting down, or too many connections are open",
+        503: "Warming up, shutting down or stuck, or too many connections are open",
         504: "The budget ran out before any block had run, or a strict request's cannot be met",
     }
     possible = {*statuses, 431, 503} | ({401, 429} if needs_key else set()) | ({408} if 413 in statuses else set())

@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from service.policy import DEFAULT_POLICY, check_policy_name
+from service.version_policy import Versions
 
 PREFIX = "HBLL_"
 _WORKERS_VARIABLE = "WEB_CONCURRENCY"
@@ -62,6 +63,10 @@ class ModelSettings(BaseModel):
     audit_rate: float = Field(
         0.01, ge=0, le=1, description="share of requests with max_risk that are compared with the reference path"
     )
+    versions: Versions = Field(
+        "latest",
+        description="which versions are served: latest, how many of the highest, all, or a list like [1, 3]",
+    )
 
     @field_validator("policy")
     @classmethod
@@ -93,7 +98,7 @@ class Settings(BaseSettings, ModelSettings):
     poll_s: float = Field(
         10.0,
         ge=0,
-        description="how often the repository is searched for new versions, which then replace the old; 0: never",
+        description="how often the repository is searched for versions that have come or gone; 0: never",
     )
 
     max_request_rows: int = Field(256, ge=1, description="rows of one request")
@@ -121,8 +126,8 @@ class Settings(BaseSettings, ModelSettings):
 
     per_model: dict[str, ModelSettings] = Field(
         default_factory=dict,
-        description="what of policy, min_depth, default_latency_budget_ms and audit_rate is different for single models: "
-        'tables `[per_model.NAME]` of the file, or JSON like {"digits": {"min_depth": 2}}',
+        description="what of policy, min_depth, default_latency_budget_ms, audit_rate and versions is different for single "
+        'models: tables `[per_model.NAME]` of the file, or JSON like {"digits": {"min_depth": 2}}',
     )
 
     def of_model(self, name: str) -> ModelSettings:
