@@ -67,7 +67,3 @@ def main() -> None:
       hbll serve models --port 8000
       hbll predict digit.png --budget-ms 5
     """
-
-
-if __name__ == "__main__":
-    main()
