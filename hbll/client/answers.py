@@ -197,4 +197,6 @@ def _object(content: Any) -> dict[str, Any]:
 
 
 def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _frozen(item) for name, item in value.items()}
     return tuple(value) if isinstance(value, list) else value
