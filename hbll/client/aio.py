@@ -107,8 +107,10 @@ class AsyncClient:
                 verify=verify,
                 transport=transport,
             )
-        except (httpx.InvalidURL, UnicodeEncodeError) as exc:
-            raise InvalidRequest(f"base_url or a header is not as HTTP has it: {exc}") from exc
+        except httpx.InvalidURL as exc:
+            raise InvalidRequest(f"base_url: {exc}") from exc
+        except UnicodeEncodeError:  # which has the key in it
+            raise InvalidRequest("api_key and headers: expected ASCII, which is all that HTTP carries there") from None
         self._sender = Sender(self._http, hedge_after_s)
         self._timeout_s = timeout_s
         self._retries = retries
