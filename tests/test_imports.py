@@ -74,6 +74,16 @@ def test_the_kernel_needs_pydantic_at_most() -> None:
         assert third_party <= ({"pydantic"} if file.name == "manifest.py" else set()), file
 
 
+def test_the_client_needs_httpx_anyio_and_numpy_and_pil_only_for_who_has_its_images() -> None:
+    files = sorted((ROOT / "hbll" / "client").glob("**/*.py"))
+    assert files
+    third_party = {file.name: imported(file) - set(sys.stdlib_module_names) - {"hbll"} for file in files}
+    assert set().union(*third_party.values()) == {"httpx", "anyio", "numpy", "PIL"}
+    assert [name for name, names in third_party.items() if "PIL" in names] == ["inputs.py"]
+    code = "import hbll.client, sys; print({'PIL', 'pydantic', 'fastapi', 'onnxruntime', 'service'} & set(sys.modules))"
+    assert _run_blocked(code).stdout == "set()\n"
+
+
 def _run_blocked(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, check=False, cwd=ROOT)
 

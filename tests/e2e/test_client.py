@@ -245,28 +245,19 @@ def test_a_server_that_falls_silent_is_given_up_in_time(trickle: str) -> None:
 @pytest.fixture
 def trickle() -> Iterator[str]:
     stop = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
 
-    async def serve(ports: list[int], started: threading.Event) -> None:
-        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-            with contextlib.suppress(ConnectionError):
-                while not stop.is_set():
-                    writer.write(b" ")
-                    await writer.drain()
-                    await asyncio.sleep(0.02)
-            writer.close()
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(ConnectionError):
+            connection.recv(4000)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            while not stop.wait(0.02):
+                connection.sendall(b" ")
 
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-            ports.append(server.sockets[0].getsockname()[1])
-            started.set()
-            await asyncio.to_thread(stop.wait)
-
-    ports: list[int] = []
-    started = threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(serve(ports, started)))
+    thread = threading.Thread(target=serve)
     thread.start()
-    assert started.wait(20)
-    yield f"http://127.0.0.1:{ports[0]}"
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     stop.set()
     thread.join()
+    listener.close()
