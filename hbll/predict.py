@@ -8,8 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from hbll.client import DEFAULT_URL, Answer, Client, HbllError, Rung
-from hbll.client.requests import PredictOptions
+from hbll.client import DEFAULT_URL, Answer, Client, HbllError, PredictOptions, Rung
 
 console = Console()
 
@@ -62,13 +61,14 @@ def predict(
         "min_confidence": min_confidence,
         "max_risk": max_risk,
     }
+    files = [image.read_bytes() for image in images]  # before the budget begins, as all that only this command needs
     try:
         with Client(url, api_key=api_key, timeout_s=timeout_s) as client:
-            name = model or _only_model(client)  # asked before the budget begins, and it opens the connection
+            name = model or _only_model(client)
             if not stream:
-                _show(images, client.predict(images, model=name, **options))
+                _show(images, client.predict(files, model=name, **options))
                 return
-            for event in client.stream(images, model=name, **options):
+            for event in client.stream(files, model=name, **options):
                 if isinstance(event, Rung):
                     _show_rung(images[event.row], event)
                 else:

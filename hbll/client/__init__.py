@@ -18,12 +18,18 @@ from hbll.client.errors import (
     Unavailable,
     UnexpectedAnswer,
 )
+from hbll.client.inputs import Inputs
+from hbll.client.requests import PredictOptions, StreamOptions, Wishes
 from hbll.client.sync import Client
 
 __all__ = [
     "AsyncClient",
     "Client",
     "DEFAULT_URL",
+    "Inputs",
+    "Wishes",
+    "PredictOptions",
+    "StreamOptions",
     "Answer",
     "Prediction",
     "Risk",

@@ -13,7 +13,6 @@ from typing import Any, Self, TypedDict, Unpack
 
 import anyio
 import httpx
-import numpy as np
 
 from hbll.client.answers import (
     Answer,
@@ -32,7 +31,7 @@ from hbll.client.answers import (
 from hbll.client.attempts import Attempts
 from hbll.client.errors import InvalidRequest, NotServed, Unavailable, error_in_stream
 from hbll.client.events import read_events
-from hbll.client.inputs import Inputs, Row, holds_arrays, rows_of
+from hbll.client.inputs import Inputs, Row, holds_arrays, rows_of, takes_long
 from hbll.client.requests import (
     PredictOptions,
     Request,
@@ -67,7 +66,7 @@ class ClientOptions(TypedDict, total=False):
 
 
 class AsyncClient:
-    """Asks a server; for asyncio (and trio), for any number of tasks at once.
+    """Asks a server; for any number of asyncio's tasks at once.
 
     Args:
         base_url: of the server, with a prefix if a proxy puts one before it.
@@ -201,7 +200,7 @@ class AsyncClient:
             return read(Readiness, content_of(status, response.content))
 
     async def aclose(self) -> None:
-        """Close all connections."""
+        """Close all connections; calls that are being made end with a RuntimeError."""
         await self._http.aclose()
 
     async def __aenter__(self) -> Self:
@@ -237,9 +236,9 @@ class AsyncClient:
         if shape is None and holds_arrays(inputs):
             shape = (await self._describe(call, name, version)).input_shape
         with self._forgetting(name):
-            if isinstance(inputs, np.ndarray):
-                return name, rows_of(inputs, shape)
-            return name, await anyio.to_thread.run_sync(rows_of, inputs, shape)  # which may read files
+            if takes_long(inputs):
+                return name, await anyio.to_thread.run_sync(rows_of, inputs, shape)
+            return name, rows_of(inputs, shape)
 
     async def _name(self, call: Call, model: str | None) -> str:
         if model is not None:

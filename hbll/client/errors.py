@@ -111,7 +111,7 @@ def error_of(status: int, content: object, retry_after: str | None = None) -> Hb
     if "error" not in said and kind is NotServed:
         kind = UnexpectedAnswer
     return kind(
-        str(said.get("error", "without the error that an HBLL server would tell. Is it one, and is the URL right?")),
+        str(said.get("error", "and not why, as an HBLL server would. Is it one, and is the URL right?")),
         status=status,
         code=str(said["code"]) if "code" in said else None,
         details=MappingProxyType({name: value for name, value in said.items() if name not in ("error", "code")}),

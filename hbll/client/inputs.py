@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,12 @@ _PNG_MODES = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
 
 def holds_arrays(inputs: Inputs) -> bool:
     """Whether `rows_of` needs the model's input shape."""
-    return isinstance(inputs, np.ndarray) or (_is_sequence(inputs) and any(isinstance(row, np.ndarray) for row in inputs))
+    return any(isinstance(row, np.ndarray) for row in _as_rows(inputs))
+
+
+def takes_long(inputs: Inputs) -> bool:
+    """Whether `rows_of` has to read files or to encode pictures."""
+    return not all(isinstance(row, np.ndarray | bytes) for row in _as_rows(inputs))
 
 
 def rows_of(inputs: Inputs, shape: tuple[int, ...] | None) -> list[Row]:
@@ -51,7 +56,7 @@ def rows_of(inputs: Inputs, shape: tuple[int, ...] | None) -> list[Row]:
             expected = f"{_shown(shape)} or {_shown(('rows', *(shape or ())))}"
             raise InvalidRequest(f"inputs: expected shape {expected}, got {_shown(inputs.shape)}")
         inputs = list(inputs)
-    rows: list[Any] = list(inputs) if _is_sequence(inputs) else [inputs]
+    rows = _as_rows(inputs)
     if not rows:
         raise InvalidRequest("inputs: expected at least one row, got none")
     return [_row(row, shape, f"inputs[{index}]") for index, row in enumerate(rows)]
@@ -76,8 +81,8 @@ def _all_arrays(rows: Sequence[Row]) -> bool:
     return all(isinstance(row, np.ndarray) for row in rows)
 
 
-def _is_sequence(inputs: Any) -> TypeGuard[Sequence[Any]]:
-    return isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes)
+def _as_rows(inputs: Any) -> Sequence[Any]:
+    return inputs if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes) else [inputs]
 
 
 def _row(row: Any, shape: tuple[int, ...] | None, where: str) -> Row:

@@ -72,7 +72,7 @@ class Client:
         return self._run(self._client.ready)
 
     def close(self) -> None:
-        """Wait for the calls of other threads, close all connections and end the thread."""
+        """Close all connections and end the thread; calls that other threads are making end with a RuntimeError."""
         self._closed = True
         self._exit.close()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import threading
 from collections.abc import Awaitable, Callable
 
 import anyio
@@ -333,6 +335,29 @@ def test_a_closed_client_and_one_from_before_a_fork_do_not_wait_for_ever(monkeyp
     for call in (client.models, lambda: next(stream)):
         with pytest.raises(RuntimeError, match="this client is closed"):
             call()
+
+
+def test_a_stream_that_outlives_its_client_can_still_be_closed() -> None:
+    with Server(sse(("answer", RUNG))).client() as client:
+        stream = client.stream(ROW)
+        next(stream)
+    stream.close()
+
+
+def test_an_interrupt_ends_the_call_and_its_request() -> None:
+    given_up = []
+
+    async def interrupts() -> httpx.Response:
+        try:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            await anyio.sleep_forever()
+        finally:
+            given_up.append(True)
+        raise AssertionError
+
+    with Server(interrupts).client(timeout_s=60) as client, pytest.raises(KeyboardInterrupt):
+        client.predict(ROW)
+    assert given_up == [True]
 
 
 def test_the_asynchronous_client_does_the_same() -> None:
