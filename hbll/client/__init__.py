@@ -6,7 +6,19 @@ with Client("http://127.0.0.1:8000") as client:
 """
 
 from hbll.client.aio import DEFAULT_URL, AsyncClient
-from hbll.client.answers import Answer, Model, ModelDetail, Path, Plan, PlannedAnswer, Prediction, Readiness, Risk, Rung
+from hbll.client.answers import (
+    Answer,
+    Memory,
+    Model,
+    ModelDetail,
+    Path,
+    Plan,
+    PlannedAnswer,
+    Prediction,
+    Readiness,
+    Risk,
+    Rung,
+)
 from hbll.client.errors import (
     DeadlineExceeded,
     HbllError,
@@ -36,6 +48,7 @@ __all__ = [
     "Rung",
     "Model",
     "ModelDetail",
+    "Memory",
     "Path",
     "Plan",
     "PlannedAnswer",

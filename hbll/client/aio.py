@@ -16,6 +16,7 @@ import httpx
 
 from hbll.client.answers import (
     Answer,
+    Memory,
     Model,
     ModelDetail,
     Path,
@@ -255,7 +256,8 @@ class AsyncClient:
 
     async def _describe(self, call: Call, name: str, version: int | None) -> ModelDetail:
         content = await self._sender.ask(call, Request("GET", model_path(name, version)))
-        detail = read(ModelDetail, content, paths=read_all(Path, content, "paths"))
+        memory = read(Memory, content["memory"]) if content.get("memory") is not None else None
+        detail = read(ModelDetail, content, paths=read_all(Path, content, "paths"), memory=memory)
         self._shapes[name, version] = detail.input_shape
         return detail
 

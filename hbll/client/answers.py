@@ -70,11 +70,12 @@ class Rung:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A served model."""
+    """A served model, in the version that answers where none is named; `versions` are all that are, highest first."""
 
     name: str
     version: int
     ready: bool
+    versions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,17 @@ class Path:
     parameters: int
     pareto: bool
     best_of_depth: bool
+    weights_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What a version takes there: its weights, those of all its paths if each were loaded alone, and by how much the server
+    grew with it (none where its system does not tell)."""
+
+    weights_bytes: int
+    separate_bytes: int
+    grown_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +116,7 @@ class ModelDetail(Model):
     climb: tuple[str, ...]
     risk_levels: tuple[float, ...]
     paths: tuple[Path, ...]
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,7 +79,7 @@ def test_every_wish_is_heard(client: Client, images: np.ndarray) -> None:
 
     detail = client.model("digits")
     assert stops() == {"complete"}
-    assert stops(depth="full") == {"depth"}
+    assert stops(depth="full", version=1) == {"depth"}
     assert stops(path="4-6-7") == {"path"}
     assert stops(min_confidence=0) == {"confidence"}
     certified = client.predict(images, max_risk=max(detail.risk_levels)) if detail.risk_levels else None
@@ -87,6 +87,7 @@ def test_every_wish_is_heard(client: Client, images: np.ndarray) -> None:
     answer = client.predict(images, latency_budget_ms=60_000, depth=1)
     assert answer.deadline_met is True
     assert answer.elapsed_ms >= answer.total_ms > 0
+    assert client.model("digits", version=1).version == client.plan(version=1).version == 1
     plan = client.plan(latency_budget_ms=60_000, depth=3)
     assert (plan.model, plan.depth, plan.feasible, plan.answers[-1].path) == ("digits", 3, True, plan.path)
     assert [model.name for model in client.models()] == ["digits"]
@@ -102,6 +103,8 @@ def test_errors_say_what_the_server_says(client: Client, images: np.ndarray) -> 
     assert invalid.value.details["offered"]
     with pytest.raises(NotServed, match="no model 'cats' is served here"):
         client.predict(images, model="cats")
+    with pytest.raises(NotServed, match="version '7' of digits is not served here"):
+        client.predict(images, version=7)
     with pytest.raises(InvalidRequest, match=r"expected shape \(28, 28\) or \(rows, 28, 28\), got \(28, 6, 28\)"):
         client.predict(images.transpose(1, 0, 2))
     with pytest.raises(InvalidRequest, match="pixels between 0"):
