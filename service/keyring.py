@@ -66,7 +66,7 @@ class _File(BaseModel):
 
 def digest_of(token: str) -> bytes:
     """The digest by which a token is known."""
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
 def read_rate(text: str) -> RateLimitItem:

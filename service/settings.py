@@ -22,6 +22,8 @@ from service.policy import DEFAULT_POLICY, check_policy_name
 from service.version_policy import Versions
 
 PREFIX = "HBLL_"
+_CLIENTS_PREFIX = "HBLL_CLIENT_"
+"""For `hbll predict`, which may be used where a server starts."""
 _WORKERS_VARIABLE = "WEB_CONCURRENCY"
 """Not ours: platforms set it for servers that can have several processes."""
 
@@ -184,7 +186,13 @@ class Settings(BaseSettings, ModelSettings):
     @model_validator(mode="after")
     def _knows_all_variables(self) -> Settings:
         known = {PREFIX + name.upper() for name in type(self).model_fields}
-        unknown = sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+        unknown = sorted(
+            name
+            for name in os.environ
+            if name.upper().startswith(PREFIX)
+            and name.upper() not in known
+            and not name.upper().startswith(_CLIENTS_PREFIX)
+        )
         if unknown:
             raise ValueError(f"unknown variable {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
         if (workers := os.environ.get(_WORKERS_VARIABLE, "")) not in ("", "1"):

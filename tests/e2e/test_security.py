@@ -110,7 +110,7 @@ def test_both_logs_are_json_and_know_no_secret(guarded: Guarded) -> None:
         "key": "many",
         "bytes_in": len(json.dumps(body, separators=(",", ":"))),
     }
-    assert any(line.get("message") == "ready: serving digits" and line["level"] == "INFO" for line in lines)
+    assert any(line.get("message") == "ready: serving digits 1" and line["level"] == "INFO" for line in lines)
     assert "secret" not in text
     assert not any(token in text for token in guarded.tokens.values())
 
