@@ -47,7 +47,7 @@ def test_what_people_wrote_into_the_file_stays(file: Path) -> None:
     assert [key.name for key in read_keys(file)] == ["bob"]
 
 
-@pytest.mark.parametrize("token", [None, "", "x", "hbll_", "ä", "\udcff", "\ud800"])
+@pytest.mark.parametrize("token", [None, "", "x", "hbll_", "ä", "\udcff"])
 def test_an_unknown_token_is_refused(file: Path, token: str | None) -> None:
     add_key(file, "alice", rate=None, admin=False)
     with pytest.raises(Unauthorized):
