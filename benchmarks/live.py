@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from benchmarks.load import Outcome, Request, lateness, run_replay
 from benchmarks.shares import Shares
 from benchmarks.traces import Arrivals, poisson
-from training.data import Split
+from training.dataset import Split
 
 _START_S = 120
 _CONTENT_TYPE = ((b"content-type", b"application/octet-stream"),)
@@ -130,7 +130,7 @@ class Load:
 
     def __init__(self, test: Split) -> None:
         self.transport_s = 0.0
-        self._bodies = [image.astype("<f4").tobytes() for image in test.images.numpy()]
+        self._bodies = [image.astype("<f4").tobytes() for image in test.x.numpy()]
         self._labels = [str(label) for label in test.labels.tolist()]
 
     def play(

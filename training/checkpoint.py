@@ -1,4 +1,5 @@
-"""Checkpoints: one safetensors file with weights, optimizer state and progress, beside the run's `config.json`.
+"""Checkpoints: one safetensors file with weights, optimizer state and progress, beside the run's `config.json`
+and the description of its data, `data.json`.
 
 Nothing is ever unpickled, so a checkpoint from a stranger can be opened. Files appear atomically: a run killed
 while writing leaves the checkpoint before it intact.
@@ -19,10 +20,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from training.config import RunConfig, parse_config
-from training.model import Family, build_family
+from training.dataset import DataSpec
+from training.digits import DIGITS
+from training.model import Factory, Family, build_family
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
 
@@ -84,6 +88,26 @@ def load_run_config(run: Path) -> RunConfig:
         raise CheckpointError(f"{file} is not the configuration of a run: {exc}") from exc
 
 
+def save_spec(run: Path, spec: DataSpec) -> None:
+    """Write `data.json` of a run."""
+    write_atomically(run / DATA_FILE, spec.model_dump_json(indent=2).encode())
+
+
+def load_spec(run: Path) -> DataSpec:
+    """Read what the data of a run were; before there were others than the digits, a run did not say.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = run / DATA_FILE
+    try:
+        return DataSpec.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return DIGITS
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{file} is not the description of a run's data: {exc}") from exc
+
+
 def save_checkpoint(run: Path, family: Family, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Write weights, optimizer moments and progress as one file."""
     tensors = {_MODEL + name: tensor.detach().contiguous() for name, tensor in family.state_dict().items()}
@@ -123,14 +147,15 @@ def load_checkpoint(run: Path, family: Family, optimizer: torch.optim.Optimizer 
     return progress
 
 
-def load_family(run: Path) -> tuple[RunConfig, Family, Progress]:
-    """Rebuild the family that a run trained, on the CPU, ready for evaluation.
+def load_family(run: Path, factory: Factory | None = None) -> tuple[RunConfig, Family, Progress]:
+    """Rebuild the family that a run trained, on the CPU, ready for evaluation; a custom one needs its `factory`.
 
     Raises:
         CheckpointError: as `load_run_config` and `load_checkpoint`.
+        ConfigError: the model is custom and there is no factory.
     """
     config = load_run_config(run)
-    family = build_family(config.model, config.train.seed)
+    family = build_family(config.model, config.train.seed, load_spec(run), factory)
     progress = load_checkpoint(run, family)
     return config, family.eval(), progress
 

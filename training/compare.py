@@ -26,7 +26,7 @@ from typing import Literal
 from family.tree import Path, Tree, format_path
 from training.checkpoint import CheckpointError, load_run_config, write_atomically
 from training.config import MethodName, RunConfig, parse_config
-from training.data import Digits
+from training.dataset import Dataset
 from training.evaluate import METRICS_FILE, PathMetrics, measure, read_metrics, write_metrics
 from training.methods import METHODS, steps_of, trained_paths
 from training.plots import plot_comparison
@@ -120,7 +120,7 @@ def plan(base: RunConfig, methods: Sequence[MethodName], seeds: Sequence[int], i
     return jobs
 
 
-def run(job: Job, out: FilePath, data: Digits, on_step: Callable[[Report], None]) -> list[Record]:
+def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None]) -> list[Record]:
     """Train and measure one run in its folder under `out`, or read it if it is there already.
 
     Raises:

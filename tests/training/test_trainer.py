@@ -13,8 +13,9 @@ import torch
 
 from tests.conftest import SMALL_VIT
 from training.checkpoint import CHECKPOINT_FILE, load_family
-from training.config import ConfigError, DataConfig, MlpConfig, RunConfig, TrainConfig
-from training.data import Digits, load_digits
+from training.config import ConfigError, DigitsConfig, MlpConfig, RunConfig, TrainConfig
+from training.dataset import Dataset
+from training.digits import load_digits
 from training.trainer import LOG_FILE, Report, TrainingDiverged, learning_rate, train
 
 SHORT = TrainConfig(budget=6, evaluations=3, hbll_share=0.5)
@@ -29,7 +30,7 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model", [SMALL_VIT, MlpConfig(width=16)], ids=["vit", "mlp"])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, digits: Digits, model: MlpConfig) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, digits: Dataset, model: MlpConfig) -> None:
     config = RunConfig(model=model, train=SHORT)
     train(config, tmp_path / "whole", digits, lambda _: None)
 
@@ -76,7 +77,7 @@ def test_a_killed_process_loses_at_most_one_interval(tmp_path: Path) -> None:
     assert load_family(run)[2].evaluations >= 60 * 3000
 
 
-def test_seeds_decide_everything(tmp_path: Path, digits: Digits) -> None:
+def test_seeds_decide_everything(tmp_path: Path, digits: Dataset) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         config = RunConfig(model=SMALL_VIT, train=SHORT.model_copy(update={"seed": seed, "budget": 2}))
         train(config, tmp_path / name, digits, lambda _: None)
@@ -93,14 +94,14 @@ def test_training_learns(tmp_path: Path) -> None:
         scores.update(report.scores or {})
 
     config = RunConfig(
-        model=MlpConfig(width=64), data=DataConfig(shift=0), train=TrainConfig(method="hbll", budget=60, lr=3e-3)
+        model=MlpConfig(width=64), data=DigitsConfig(shift=0), train=TrainConfig(method="hbll", budget=60, lr=3e-3)
     )
     train(config, tmp_path / "run", load_digits(0), keep)
     assert len(scores) == 25
     assert min(score.accuracy for score in scores.values()) > 0.5
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, digits: Digits) -> None:
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, digits: Dataset) -> None:
     config = RunConfig(model=MlpConfig(width=8), train=TrainConfig(budget=1, evaluations=1))
     train(config, tmp_path, digits, lambda _: None)
     before = (tmp_path / CHECKPOINT_FILE).read_bytes()
@@ -112,14 +113,14 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, digits: Digits) 
     assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, digits: Digits) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, digits: Dataset) -> None:
     config = RunConfig(model=SMALL_VIT, train=TrainConfig(method="chains", budget=3, lr=1e30, warmup_steps=0))
     with pytest.raises(TrainingDiverged, match=r"the loss is (nan|inf) at step \d+"):
         train(config, tmp_path, digits, lambda _: None)
 
 
 def test_weights_that_are_not_finite_never_become_a_checkpoint(
-    tmp_path: Path, digits: Digits, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that breaks the weights just before a checkpoint is due: its own loss was still finite."""
     step = torch.optim.AdamW.step
@@ -142,7 +143,7 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(
     assert all(tensor.isfinite().all() for tensor in _weights(tmp_path).values())
 
 
-def test_bp_trains_one_path_only(tmp_path: Path, digits: Digits) -> None:
+def test_bp_trains_one_path_only(tmp_path: Path, digits: Dataset) -> None:
     config = RunConfig(model=MlpConfig(width=8), train=TrainConfig(method="bp", blocks=2, budget=2, evaluations=1))
     seen: list[Report] = []
     train(config, tmp_path, digits, seen.append)
