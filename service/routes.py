@@ -50,6 +50,7 @@ async def describe_model(model: str, ctx: Ctx) -> ModelDetail:
         **_summary(served).model_dump(),
         hierarchy_depth=manifest.hierarchy_depth,
         input_shape=list(manifest.input.shape[1:]),
+        features=list(manifest.features) if manifest.features is not None else None,
         labels=list(manifest.labels),
         reference=format_path(climb[-1]),
         climb=[format_path(path) for path in climb],
