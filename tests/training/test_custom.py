@@ -131,11 +131,11 @@ def test_a_module_that_does_not_fit_is_named_with_its_shapes(change: Callable[[F
 
 
 def test_shapes_are_checked_before_anything_is_written(tmp_path: Path, blobs: Dataset) -> None:
-    with pytest.raises(ShapeError, match="node 1"):
+    with pytest.raises(ShapeError, match=r"node 1"):
         train_family(Family(nn.Linear(4, 6), [nn.Linear(6, 5)], nn.Linear(6, 3)), blobs, tmp_path / "run")
-    with pytest.raises(ConfigError, match="the head gives 5 logits, and arrays blobs.npz has 3 classes"):
+    with pytest.raises(ConfigError, match=r"the head gives 5 logits, and arrays blobs.npz has 3 classes"):
         train_family(small(classes=5), blobs, tmp_path / "run")
-    with pytest.raises(ConfigError, match="train.lr: Input should be greater than 0"):
+    with pytest.raises(ConfigError, match=r"train.lr: Input should be greater than 0"):
         train_family(small(), blobs, tmp_path / "run", lr=-1)
     assert not (tmp_path / "run").exists()
 
@@ -156,7 +156,7 @@ def test_a_run_of_own_modules_is_not_rebuilt_without_them(tmp_path: Path, blobs:
     assert load_run_config(tmp_path / "run").model == CustomConfig(hierarchy_depth=2)
     with pytest.raises(ConfigError, match=r"built in Python.* name it: --factory MODULE:FUNCTION"):
         load_family(tmp_path / "run")
-    with pytest.raises(ConfigError, match="model.hierarchy_depth is 2, and the factory gives a family of 3, 7 blocks"):
+    with pytest.raises(ConfigError, match=r"model.hierarchy_depth is 2, and the factory gives a family of 3, 7 blocks"):
         load_family(tmp_path / "run", lambda _: small(count=7))
 
 
@@ -193,7 +193,7 @@ def test_a_factory_runs_only_where_the_command_line_names_it(
         assert "name it: --factory factory_of_a_test:build" in refused.output
     done = CliRunner().invoke(main, ["evaluate", "run", "--factory", "factory_of_a_test:build"])
     assert done.exit_code == 0, done.output
-    with pytest.raises(ConfigError, match="must return a training.model.Family, got Linear"):
+    with pytest.raises(ConfigError, match=r"must return a training.model.Family, got Linear"):
         import_factory("factory_of_a_test:wrong")(DIGITS)
 
 
@@ -216,7 +216,7 @@ def test_a_configured_model_fits_itself_to_the_data() -> None:
     colour = DIGITS.model_copy(update={"input_shape": (3, 28, 28), "labels": ("a", "b")})
     vit = build_family(RunConfig().model, 0, colour)
     assert shapes_of(vit, torch.rand(2, 3, 28, 28)).classes == 2
-    with pytest.raises(ConfigError, match="model.patch must divide the image side 30, got 7"):
+    with pytest.raises(ConfigError, match=r"model.patch must divide the image side 30, got 7"):
         build_family(RunConfig().model, 0, DIGITS.model_copy(update={"input_shape": (30, 30)}))
     with pytest.raises(ConfigError, match=r"takes square images of 1 or 3 channels, got rows of \[13\]"):
         build_family(RunConfig().model, 0, DIGITS.model_copy(update={"input_shape": (13,)}))

@@ -131,7 +131,7 @@ def test_a_split_can_be_a_file_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shares", [{"test": 1.0}, {"test": 0.0}, {"test": 0.8, "validation": 0.1}])
 def test_shares_must_leave_rows_to_train(shares: dict[str, float]) -> None:
-    with pytest.raises(ValidationError, match="a share between 0 and 1|must leave rows to train on"):
+    with pytest.raises(ValidationError, match=r"a share between 0 and 1|must leave rows to train on"):
         TableConfig(file="a.csv", target="y", **shares)
 
 
@@ -235,7 +235,7 @@ def test_data_that_changed_since_training_are_refused(tmp_path: Path) -> None:
     save_spec(tmp_path, load_data(config).spec)
     assert len(load_data_of(tmp_path, config).test) == 20
     parquet.write_table(table(height=np.linspace(1.0, 2.1, ROWS)), file)
-    with pytest.raises(DataError, match="these are not the data that .* was trained on"):
+    with pytest.raises(DataError, match=r"these are not the data that .* was trained on"):
         load_data_of(tmp_path, config)
 
 
