@@ -12,7 +12,7 @@ from rich.table import Table
 from family import tree as algebra
 from family.choice import pareto_front, reference_path
 from training import compare as comparison
-from training.checkpoint import CheckpointError, load_family
+from training.checkpoint import CheckpointError, Weights, load_family
 from training.config import ConfigError, MethodName, RunConfig, dump_config, load_config, parse_override
 from training.custom import import_factory
 from training.dataset import DataError, Dataset
@@ -80,6 +80,13 @@ factory_option = click.option(
     callback=_import_factory,
     metavar="MODULE:FUNCTION",
     help="Runs this code of yours to build a model of kind custom.",
+)
+
+
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(["final", "best"]),
+    help="Of the end of the run, or of its best validation.  [default: final; best with train.patience]",
 )
 
 
@@ -190,14 +197,15 @@ def compare(
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Where files go.  [default: RUN]")
+@weights_option
 @factory_option
-def evaluate(run: Path, out: Path | None, factory: Factory | None) -> None:
+def evaluate(run: Path, out: Path | None, weights: Weights | None, factory: Factory | None) -> None:
     """Score every path of the trained family in RUN on its validation and test data.
 
     Prints a table and writes metrics.json and accuracy_over_depth.png.
     """
     try:
-        config, family, _ = load_family(run, factory)
+        config, family, _ = load_family(run, factory, weights)
         data = load_data_of(run, config.data)
     except (CheckpointError, ConfigError, DataError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc

@@ -94,6 +94,16 @@ class TrainConfig(Section):
     )
     noise: float = Field(0.0, ge=0, description="sigma of HBLL's posterior sample")
     evaluations: int = Field(10, ge=1, description="how often in a run the paths are validated and a checkpoint written")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many validations without a better mean accuracy, and use the best weights; none: go on "
+        "to the end, where the rate is zero, and use the last",
+    )
+    clip: float | None = Field(None, gt=0, description="the gradient's norm is scaled down to at most this")
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="bf16: training steps run under autocast; weights, validation and export stay float32"
+    )
 
     @model_validator(mode="after")
     def _blocks_go_with_one_network(self) -> TrainConfig:

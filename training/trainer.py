@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from family import tree as algebra
 from training.checkpoint import (
+    BEST_FILE,
     CHECKPOINT_FILE,
     CONFIG_FILE,
     Progress,
@@ -30,16 +31,20 @@ from training.checkpoint import (
     save_checkpoint,
     save_config,
     save_spec,
+    trainable,
     write_atomically,
 )
 from training.config import ConfigError, RunConfig, TrainConfig
 from training.dataset import Augmentation, Dataset, DataSpec, Split
+from training.diagnosis import diagnose
 from training.evaluate import PathScore, score_paths, watched_paths
 from training.methods import METHODS, Context, trained_paths
 from training.model import Family, build_family
 from training.shapes import shapes_of
 
 LOG_FILE = "log.csv"
+_NOT_PATHS = {"step", "share", "lr", "loss"}
+"""Columns of the log that are no path's validation accuracy."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -71,6 +76,16 @@ class History:
         with file.open(newline="", encoding="utf-8") as opened:
             return cls(file, [row for row in csv.DictReader(opened) if int(row["step"]) <= up_to_step])
 
+    @property
+    def best(self) -> int:
+        """The index of the row with the best mean validation accuracy of the watched paths, the first of equals."""
+        means = [sum(float(row[name]) for name in row.keys() - _NOT_PATHS) for row in self.rows]
+        return means.index(max(means))
+
+    def is_stale(self, patience: int | None) -> bool:
+        """Whether the last `patience` validations were no better than one before them."""
+        return patience is not None and bool(self.rows) and len(self.rows) - 1 - self.best >= patience
+
     def append(self, row: dict[str, str]) -> None:
         """Add a row and rewrite the file atomically."""
         self.rows.append(row)
@@ -92,8 +107,8 @@ def train(
 ) -> Family:
     """Train a family into the folder `run` and return it: one that `config` describes, or the given one, freshly built.
 
-    The folder gets `config.json`, `data.json`, `checkpoint.safetensors`, `log.csv` and TensorBoard events. With `resume`
-    a run that was killed goes on from its last checkpoint (or starts, where it has none).
+    The folder gets `config.json`, `data.json`, `checkpoint.safetensors`, `best.safetensors`, `log.csv` and
+    TensorBoard events. With `resume` a run that was killed goes on from its last checkpoint (or starts, where it has none).
 
     Raises:
         ConfigError: `run` holds another run, or resuming would change its configuration; the model does not fit the data.
@@ -106,7 +121,10 @@ def train(
     family = family or build_family(config.model, settings.seed, data.spec)
     _require_fit(family, data)
     _claim(run, config, data.spec, resume)
-    optimizer = torch.optim.AdamW(family.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    parameters = list(trainable(family).values())
+    for parameter in parameters:  # a block that no step has visited yet has moments like the others
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     progress = load_checkpoint(run, family, optimizer) if (run / CHECKPOINT_FILE).exists() else Progress()
     history = History.read(run / LOG_FILE, progress.steps)
     paths = trained_paths(config, family.tree, watched_paths(family.tree))
@@ -114,7 +132,7 @@ def train(
     generator = torch.Generator()
 
     with SummaryWriter(str(run / "tensorboard"), purge_step=progress.steps + 1) as board:
-        while progress.evaluations < budget:
+        while progress.evaluations < budget and not history.is_stale(settings.patience):
             share = progress.evaluations / budget
             rng = np.random.default_rng([settings.seed, progress.steps, 1])
             generator.manual_seed(int(rng.integers(2**63)))
@@ -123,9 +141,12 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, progress.steps, share)
             optimizer.zero_grad(set_to_none=False)
-            step = method.step(Context(settings, family, rng, generator), x, y)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                step = method.step(Context(settings, family, rng, generator), x, y)
             loss = step.loss.item()
-            _require_finite(loss, "loss", progress.steps)
+            _require_finite(loss, "loss", progress.steps, family, x)
+            if settings.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
             progress = Progress(progress.steps + 1, progress.evaluations + step.evaluations)
 
@@ -135,19 +156,25 @@ def train(
                 family.eval()
                 scores = score_paths(family, data.validation, paths)
                 family.train()
-                _require_finite(sum(result.loss for result in scores.values()), "validation loss", progress.steps)
+                validation_loss = sum(result.loss for result in scores.values())
+                _require_finite(validation_loss, "validation loss", progress.steps, family, data.validation.x)
                 history.append(_log_row(progress.steps, done, optimizer.param_groups[0]["lr"], loss, scores))
                 for path, result in scores.items():
                     board.add_scalar(f"validation_accuracy/{algebra.format_path(path)}", result.accuracy, progress.steps)
-                save_checkpoint(run, family, optimizer, progress)
+                save_checkpoint(run, family, optimizer, progress, best=history.best == len(history.rows) - 1)
             board.add_scalar("train/loss", loss, progress.steps)
             on_step(Report(progress.steps, min(1.0, done), loss, scores))
+    if settings.patience:
+        load_checkpoint(run, family, name=BEST_FILE)
     return family.eval()
 
 
-def _require_finite(value: float, name: str, step: int) -> None:
+def _require_finite(value: float, name: str, step: int, family: Family, x: Tensor) -> None:
     if not math.isfinite(value):
-        raise TrainingDiverged(f"the {name} is {value} at step {step}; the last checkpoint is intact. Try a lower train.lr")
+        raise TrainingDiverged(
+            f"the {name} is {value} at step {step}: {diagnose(family, x)}. The last checkpoint is intact. Try a lower "
+            "train.lr, or train.clip"
+        )
 
 
 def learning_rate(settings: TrainConfig, step: int, share: float) -> float:

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from hbll import main
 from training.checkpoint import load_family, load_run_config
-from training.config import ConfigError, CustomConfig, MethodName, ResMlpConfig, RunConfig, TrainConfig
+from training.config import ConfigError, CustomConfig, MethodName, ResMlpConfig, RunConfig, TrainConfig, parse_config
 from training.custom import import_factory, load_trained, train_family
-from training.data_config import ArraysConfig
 from training.dataset import Dataset, DataSpec
 from training.digits import DIGITS
 from training.methods import METHODS, Context
 from training.model import Family, Standardise, build_family
 from training.objective import hbll_step
 from training.shapes import ShapeError, shapes_of
-from training.sources import load_data
+from training.trainer import Report, train
 
 
 class Block(nn.Module):
@@ -38,16 +37,6 @@ class Block(nn.Module):
 def small(count: int = 3, features: int = 4, width: int = 6, classes: int = 3, dropout: float = 0.0) -> Family:
     torch.manual_seed(0)
     return Family(nn.Linear(features, width), [Block(width, dropout) for _ in range(count)], nn.Linear(width, classes))
-
-
-@pytest.fixture
-def blobs(tmp_path: Path) -> Dataset:
-    """Three classes of 60 rows of four numbers each, far enough apart to be learnt at once."""
-    rng = np.random.default_rng(0)
-    y = np.repeat(["low", "mid", "top"], 60)
-    x = rng.standard_normal((180, 4)) + 5 * np.repeat(np.eye(4)[:3], 60, axis=0)
-    np.savez(tmp_path / "blobs.npz", x=100 + 10 * x, y=y)
-    return load_data(ArraysConfig(file=tmp_path / "blobs.npz"))
 
 
 def test_modules_one_by_one_learn_what_the_stack_learns_level_by_level() -> None:
@@ -149,6 +138,36 @@ def test_training_with_dropout_is_repeated_exactly_and_loads_again(tmp_path: Pat
     x = blobs.test.x
     assert torch.equal(again.family(x, (2,)), a.family(x, (2,)))
     assert (again.config, again.progress) == (a.config, a.progress)
+
+
+class Killed(Exception):
+    """Stands for a kill between two steps."""
+
+
+@pytest.mark.parametrize("method", [{"method": "chains"}, {"method": "bp", "blocks": 1}], ids=["chains", "bp"])
+def test_what_is_frozen_or_never_visited_resumes_too(tmp_path: Path, blobs: Dataset, method: dict[str, object]) -> None:
+    """A pretrained embedding that must not change, and blocks that no step has a gradient for."""
+
+    def frozen() -> Family:
+        family = small()
+        family.embed.requires_grad_(False)
+        return family
+
+    raw = {"model": {"kind": "custom", "hierarchy_depth": 2}, "data": blobs.source.model_dump()}
+    config = parse_config(raw | {"train": {"budget": 6, "batch": 16, "evaluations": 3, "lr": 1e-2, **method}}, "test")
+    whole = train(config, tmp_path / "whole", blobs, lambda _: None, family=frozen())
+
+    def kill(report: Report) -> None:
+        if report.share > 0.5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed", blobs, kill, family=frozen())
+    resumed = train(config, tmp_path / "killed", blobs, lambda _: None, family=frozen(), resume=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+        assert torch.equal(tensor, frozen().state_dict()[name]) or not name.startswith("embed"), name
+    assert not torch.equal(whole.state_dict()["head.weight"], frozen().state_dict()["head.weight"])
 
 
 def test_a_run_of_own_modules_is_not_rebuilt_without_them(tmp_path: Path, blobs: Dataset) -> None:
