@@ -20,7 +20,7 @@ from training.evaluate import METRICS_FILE, measure, write_metrics
 from training.methods import METHODS, steps_of, trained_paths
 from training.model import Factory, Family, build_family
 from training.plots import plot_accuracy_over_depth, plot_history
-from training.progress import console, train_with_bar
+from training.progress import console, download_with_bar, train_with_bar
 from training.shapes import ShapeError
 from training.sources import load_data, load_data_of
 from training.splits import Splits
@@ -100,6 +100,7 @@ weights_option = click.option(
 @_budget
 @_set
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
+@click.option("--download", is_flag=True, help="Fetch the files of mnist, cifar10 or cifar100 that are not there.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration, the model's size and the work, and exit.")
 @factory_option
 @_threads
@@ -113,6 +114,7 @@ def train(
     budget: float | None,
     settings: dict[str, object],
     resume: bool,
+    download: bool,
     dry_run: bool,
     factory: Factory | None,
     threads: int,
@@ -134,6 +136,8 @@ def train(
     torch.set_num_threads(threads)
     try:
         run = load_config(config, given | settings)
+        if download:
+            download_with_bar(run.data)
         data = load_data(run.data)
         family = build_family(run.model, run.train.seed, data.spec, factory)
         if dry_run:

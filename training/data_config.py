@@ -102,4 +102,21 @@ class ImagesConfig(SplitConfig, _Augmented, _Corrupted):
     max_pixels: int = Field(16_000_000, ge=1, description="of one file; one that is larger is refused before it is decoded")
 
 
-DataConfig = Annotated[DigitsConfig | TableConfig | ArraysConfig | ImagesConfig, Field(discriminator="kind")]
+class PublishedConfig(_Augmented, _Corrupted):
+    """MNIST, CIFAR-10 or CIFAR-100 from the files that their authors publish. The test split is theirs."""
+
+    kind: Literal["mnist", "cifar10", "cifar100"]
+    folder: Path = Field(description="where the published files are, as they are")
+    validation: float = Field(0.05, gt=0, lt=0.5, description="share of the training images that choose paths")
+    certification: float = Field(0.05, gt=0, lt=0.5, description="share of the training images that certify early exits")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the split and of what is corrupted; not that of a run")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The splits that are drawn from the training images."""
+        return {"validation": self.validation, "certification": self.certification}
+
+
+DataConfig = Annotated[
+    DigitsConfig | TableConfig | ArraysConfig | ImagesConfig | PublishedConfig, Field(discriminator="kind")
+]

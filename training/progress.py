@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from family import tree as algebra
 from family.choice import best_by_depth
-from training.config import RunConfig
+from training.config import ConfigError, RunConfig
+from training.data_config import DataConfig, PublishedConfig
 from training.dataset import Dataset
 from training.evaluate import PathScore
 from training.model import Family
+from training.published import download
 from training.trainer import Report, train
 
 console = Console()
@@ -45,6 +47,27 @@ def train_with_bar(
                     console.print(f"step {report.step} ({report.share:.0%}): loss {report.loss:.3f}, validation {line}")
 
         return train(run, out, data, on_step, family=family, resume=resume)
+
+
+def download_with_bar(data: DataConfig) -> None:
+    """Fetch what a published data set lacks, with a bar.
+
+    Raises:
+        ConfigError: the data set is not one that is published.
+        DataError: it cannot be fetched.
+    """
+    if not isinstance(data, PublishedConfig):
+        raise ConfigError(f"--download goes with data.kind mnist, cifar10 and cifar100, not with {data.kind}")
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(name: str, done: int, total: int | None) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done)
+
+        download(data, report)
 
 
 def _accuracy_line(tree: algebra.Tree, scores: dict[algebra.Path, PathScore]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from training.checkpoint import load_spec
 from training.corruption import corrupt
-from training.data_config import ArraysConfig, DataConfig, DigitsConfig, ImagesConfig, TableConfig
+from training.data_config import ArraysConfig, DataConfig, DigitsConfig, ImagesConfig, PublishedConfig, TableConfig
 from training.dataset import DataError, Dataset
 from training.digits import load_digits
 
@@ -54,3 +54,7 @@ def _load(config: DataConfig) -> Dataset:
             from training.folders import load_images
 
             return load_images(config)
+        case PublishedConfig():
+            from training.published import load_published
+
+            return load_published(config)
