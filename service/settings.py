@@ -11,8 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.policy import DEFAULT_POLICY, check_policy_name
+from service.version_policy import Versions
 
 _PREFIX = "HBLL_"
+_CLIENTS_PREFIX = "HBLL_CLIENT_"
+"""For `hbll predict`, which may be used where a server starts."""
 
 
 def spare_cores() -> int:
@@ -45,6 +48,10 @@ class ModelSettings(BaseModel):
     audit_rate: float = Field(
         0.01, ge=0, le=1, description="share of requests with max_risk that are compared with the reference path"
     )
+    versions: Versions = Field(
+        "latest",
+        description="which versions are served: latest, how many of the highest, all, or a list like [1, 3]",
+    )
 
     @field_validator("policy")
     @classmethod
@@ -73,12 +80,12 @@ class Settings(BaseSettings, ModelSettings):
     poll_s: float = Field(
         10.0,
         ge=0,
-        description="how often the repository is searched for new versions, which then replace the old; 0: never",
+        description="how often the repository is searched for versions that have come or gone; 0: never",
     )
     per_model: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="what of policy, min_depth, default_latency_budget_ms and audit_rate is different for single models, "
-        'as JSON like {"digits": {"min_depth": 2}}',
+        description="what of policy, min_depth, default_latency_budget_ms, audit_rate and versions is different for single "
+        'models, as JSON like {"digits": {"min_depth": 2}}',
     )
 
     def of_model(self, name: str) -> ModelSettings:
@@ -109,7 +116,13 @@ class Settings(BaseSettings, ModelSettings):
     @model_validator(mode="after")
     def _knows_all_variables(self) -> Settings:
         known = {_PREFIX + name.upper() for name in type(self).model_fields}
-        unknown = sorted(name for name in os.environ if name.upper().startswith(_PREFIX) and name.upper() not in known)
+        unknown = sorted(
+            name
+            for name in os.environ
+            if name.upper().startswith(_PREFIX)
+            and name.upper() not in known
+            and not name.upper().startswith(_CLIENTS_PREFIX)
+        )
         if unknown:
             raise ValueError(f"unknown variable {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
         return self

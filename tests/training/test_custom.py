@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from hbll import main
+from hbll.cli import main
 from training.checkpoint import load_family, load_run_config
 from training.config import ConfigError, CustomConfig, MethodName, ResMlpConfig, RunConfig, TrainConfig, parse_config
 from training.custom import import_factory, load_trained, train_family

@@ -19,7 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from hbll import main
+from hbll.cli import main
 from training.data_config import PublishedConfig
 from training.dataset import DataError
 from training.published import PUBLICATIONS, download
