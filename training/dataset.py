@@ -58,13 +58,7 @@ def measure_normalisation(x: Tensor, *, by_first_axis: bool) -> Normalisation:
 
     To six digits, so that they are the same on every machine; what is constant is not scaled.
     """
-    columns = (
-        x.flatten(2).movedim(1, 0).flatten(1)
-        if by_first_axis and x.ndim > 2
-        else x.T
-        if by_first_axis
-        else x.reshape(1, -1)
-    )
+    columns = x.movedim(1, 0).flatten(1) if by_first_axis else x.reshape(1, -1)
     std, mean = torch.std_mean(columns.double(), dim=1, correction=0)
     return Normalisation(mean=_six_digits(mean), std=_six_digits(torch.where(std > 0, std, 1)))
 

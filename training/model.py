@@ -171,6 +171,8 @@ def build_family(config: ModelConfig, seed: int, spec: DataSpec = DIGITS, factor
     """
     if isinstance(config, CustomConfig):
         return _build_custom(config, seed, spec, factory)
+    if factory is not None:
+        raise ConfigError(f'a factory goes with model.kind = "custom", and this model is a {config.kind}')
     generator = torch.Generator().manual_seed(seed)
     init = uniform_init(generator)
     count = len(Tree(config.hierarchy_depth).nodes)

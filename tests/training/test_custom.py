@@ -212,6 +212,8 @@ def test_a_factory_runs_only_where_the_command_line_names_it(
         assert "name it: --factory factory_of_a_test:build" in refused.output
     done = CliRunner().invoke(main, ["evaluate", "run", "--factory", "factory_of_a_test:build"])
     assert done.exit_code == 0, done.output
+    refused = CliRunner().invoke(main, ["train", "--dry-run", "--factory", "factory_of_a_test:build"])
+    assert 'a factory goes with model.kind = "custom", and this model is a vit' in " ".join(refused.output.split())
     with pytest.raises(ConfigError, match=r"must return a training.model.Family, got Linear"):
         import_factory("factory_of_a_test:wrong")(DIGITS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,12 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
         load_table(TableConfig(file=tmp_path / "twice.csv", target="y"))
     with pytest.raises(DataError, match=r"cannot read the table .*missing.csv"):
         load_table(TableConfig(file=tmp_path / "missing.csv", target="y"))
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"needs pyarrow: pip install 'hbll-anytime\[data\]'"):
+        load_table(TableConfig(file=tmp_path / "pets.csv", target="y"))
 
 
 def test_a_split_can_be_a_file_of_its_own(tmp_path: Path) -> None:
