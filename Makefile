@@ -23,7 +23,7 @@ install: $(READY) ## make .venv with pinned dependencies
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),train,export,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),train,data,export,dev]'
 	@touch $@
 
 demo: $(READY) ## train, export, serve and ask, on real digits; ONCE=1 exits instead of serving on

@@ -21,7 +21,8 @@ from export.bundle import export_bundle
 from family.manifest import Manifest, load_manifest
 from training.checkpoint import load_family, load_origin
 from training.config import RunConfig, TrainConfig, VitConfig
-from training.data import Digits, load_digits
+from training.dataset import Dataset
+from training.digits import load_digits
 from training.trainer import train
 
 # How fast a shared machine makes up examples says nothing about the code.
@@ -40,7 +41,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def digits() -> Digits:
+def digits() -> Dataset:
     return load_digits(shift=4)
 
 
@@ -61,7 +62,7 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Trained:
     root = tmp_path_factory.mktemp("trained")
     config = RunConfig(model=SMALL_VIT, train=TrainConfig(method="chains", budget=30, evaluations=2))
     train(config, root / "run", digits, lambda _: None)

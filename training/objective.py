@@ -73,7 +73,7 @@ def hbll_step(
         nodes = tree.level_nodes(level)
         span = 1 << level
         lefts = embedded.unsqueeze(0) if level == tree.hierarchy_depth - 1 else states[0 : tree.n : 2 * span]
-        activations = family.blocks.run(family.blocks.of(nodes), lefts)
+        activations = family.blocks.at_each(nodes, lefts)
         # A detached leaf between f_n and its right parent: its gradient is both what f_n's backward pass needs and
         # the nudge of the posterior sample, so neither costs a pass of its own.
         leaf = activations.detach().requires_grad_()
@@ -81,7 +81,7 @@ def hbll_step(
         evaluations += len(nodes) * batch
         rights = range(2 * span, tree.n, 2 * span)  # right parents of all but the last node
         if rights:
-            predictions = family.blocks.run(family.blocks.of(rights), leaf[:-1])
+            predictions = family.blocks.at_each(rights, leaf[:-1])
             targets = states[2 * span : tree.n : 2 * span]
             squares = F.mse_loss(predictions, targets, reduction="none")
             latent = squares.mean(dim=-1) if over_features == "mean" else squares.sum(dim=-1)
@@ -161,7 +161,7 @@ def contrastive_step(family: Family, path: Path, x: Tensor, y: Tensor) -> Step:
     total = x.new_zeros(())
     for layer, node in enumerate(path):
         state = family.blocks.at(node, state)
-        features = state.mean(dim=1) if state.ndim == 3 else state
+        features = state.mean(dim=1) if state.ndim == 3 else state.flatten(1)
         first, last = CONTRAST_MARGINS
         loss = contrastive_loss(features, y, first + (last - first) * layer / max(1, len(path) - 1))
         loss.backward()

@@ -21,22 +21,30 @@ from torch.utils.tensorboard import SummaryWriter
 
 from family import tree as algebra
 from training.checkpoint import (
+    BEST_FILE,
     CHECKPOINT_FILE,
     CONFIG_FILE,
     Progress,
     load_checkpoint,
     load_run_config,
+    load_spec,
     save_checkpoint,
     save_config,
+    save_spec,
+    trainable,
     write_atomically,
 )
 from training.config import ConfigError, RunConfig, TrainConfig
-from training.data import Digits, shift_images
+from training.dataset import Augmentation, Dataset, DataSpec, Split
+from training.diagnosis import diagnose
 from training.evaluate import PathScore, score_paths, watched_paths
 from training.methods import METHODS, Context, trained_paths
 from training.model import Family, build_family
+from training.shapes import shapes_of
 
 LOG_FILE = "log.csv"
+_NOT_PATHS = {"step", "share", "lr", "loss"}
+"""Columns of the log that are no path's validation accuracy."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -68,6 +76,16 @@ class History:
         with file.open(newline="", encoding="utf-8") as opened:
             return cls(file, [row for row in csv.DictReader(opened) if int(row["step"]) <= up_to_step])
 
+    @property
+    def best(self) -> int:
+        """The index of the row with the best mean validation accuracy of the watched paths, the first of equals."""
+        means = [sum(float(row[name]) for name in row.keys() - _NOT_PATHS) for row in self.rows]
+        return means.index(max(means))
+
+    def is_stale(self, patience: int | None) -> bool:
+        """Whether the last `patience` validations were no better than one before them."""
+        return patience is not None and bool(self.rows) and len(self.rows) - 1 - self.best >= patience
+
     def append(self, row: dict[str, str]) -> None:
         """Add a row and rewrite the file atomically."""
         self.rows.append(row)
@@ -78,22 +96,35 @@ class History:
         write_atomically(self.file, text.getvalue().encode())
 
 
-def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report], None], *, resume: bool = False) -> Family:
-    """Train a family into the folder `run` and return it.
+def train(
+    config: RunConfig,
+    run: Path,
+    data: Dataset,
+    on_step: Callable[[Report], None],
+    *,
+    family: Family | None = None,
+    resume: bool = False,
+) -> Family:
+    """Train a family into the folder `run` and return it: one that `config` describes, or the given one, freshly built.
 
-    The folder gets `config.json`, `checkpoint.safetensors`, `log.csv` and TensorBoard events. With `resume` a run
-    that was killed goes on from its last checkpoint (or starts, where it has none).
+    The folder gets `config.json`, `data.json`, `checkpoint.safetensors`, `best.safetensors`, `log.csv` and
+    TensorBoard events. With `resume` a run that was killed goes on from its last checkpoint (or starts, where it has none).
 
     Raises:
-        ConfigError: `run` holds another run, or resuming would change its configuration.
+        ConfigError: `run` holds another run, or resuming would change its configuration; the model does not fit the data.
+        ShapeError: the modules of the family do not fit each other.
         CheckpointError: the checkpoint to resume from is damaged.
         TrainingDiverged: the loss is not finite.
     """
     settings, method = config.train, METHODS[config.train.method]
-    batches = _Batches(settings, data, config.data.shift, method.views)
-    family = build_family(config.model, settings.seed)
-    _claim(run, config, resume)
-    optimizer = torch.optim.AdamW(family.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    batches = _Batches(settings, data.train, data.augment, method.views)
+    family = family or build_family(config.model, settings.seed, data.spec)
+    _require_fit(family, data)
+    _claim(run, config, data.spec, resume)
+    parameters = list(trainable(family).values())
+    for parameter in parameters:  # a block that no step has visited yet has moments like the others
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     progress = load_checkpoint(run, family, optimizer) if (run / CHECKPOINT_FILE).exists() else Progress()
     history = History.read(run / LOG_FILE, progress.steps)
     paths = trained_paths(config, family.tree, watched_paths(family.tree))
@@ -101,17 +132,21 @@ def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report]
     generator = torch.Generator()
 
     with SummaryWriter(str(run / "tensorboard"), purge_step=progress.steps + 1) as board:
-        while progress.evaluations < budget:
+        while progress.evaluations < budget and not history.is_stale(settings.patience):
             share = progress.evaluations / budget
             rng = np.random.default_rng([settings.seed, progress.steps, 1])
             generator.manual_seed(int(rng.integers(2**63)))
+            torch.manual_seed(generator.initial_seed())  # what dropout draws from
             x, y = batches.at(progress.steps, rng)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, progress.steps, share)
             optimizer.zero_grad(set_to_none=False)
-            step = method.step(Context(settings, family, rng, generator), x, y)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                step = method.step(Context(settings, family, rng, generator), x, y)
             loss = step.loss.item()
-            _require_finite(loss, "loss", progress.steps)
+            _require_finite(loss, "loss", progress.steps, family, x)
+            if settings.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
             progress = Progress(progress.steps + 1, progress.evaluations + step.evaluations)
 
@@ -121,19 +156,25 @@ def train(config: RunConfig, run: Path, data: Digits, on_step: Callable[[Report]
                 family.eval()
                 scores = score_paths(family, data.validation, paths)
                 family.train()
-                _require_finite(sum(result.loss for result in scores.values()), "validation loss", progress.steps)
+                validation_loss = sum(result.loss for result in scores.values())
+                _require_finite(validation_loss, "validation loss", progress.steps, family, data.validation.x)
                 history.append(_log_row(progress.steps, done, optimizer.param_groups[0]["lr"], loss, scores))
                 for path, result in scores.items():
                     board.add_scalar(f"validation_accuracy/{algebra.format_path(path)}", result.accuracy, progress.steps)
-                save_checkpoint(run, family, optimizer, progress)
+                save_checkpoint(run, family, optimizer, progress, best=history.best == len(history.rows) - 1)
             board.add_scalar("train/loss", loss, progress.steps)
             on_step(Report(progress.steps, min(1.0, done), loss, scores))
+    if settings.patience:
+        load_checkpoint(run, family, name=BEST_FILE)
     return family.eval()
 
 
-def _require_finite(value: float, name: str, step: int) -> None:
+def _require_finite(value: float, name: str, step: int, family: Family, x: Tensor) -> None:
     if not math.isfinite(value):
-        raise TrainingDiverged(f"the {name} is {value} at step {step}; the last checkpoint is intact. Try a lower train.lr")
+        raise TrainingDiverged(
+            f"the {name} is {value} at step {step}: {diagnose(family, x)}. The last checkpoint is intact. Try a lower "
+            "train.lr, or train.clip"
+        )
 
 
 def learning_rate(settings: TrainConfig, step: int, share: float) -> float:
@@ -142,18 +183,26 @@ def learning_rate(settings: TrainConfig, step: int, share: float) -> float:
     return settings.lr * warmup * 0.5 * (1 + math.cos(math.pi * share))
 
 
-class _Batches:
-    """The batch of any step: epochs are permutations drawn from (seed, epoch), shifts are drawn per step.
+def _require_fit(family: Family, data: Dataset) -> None:
+    shapes = shapes_of(family, data.train.x[:2])
+    if shapes.classes != len(data.spec.labels):
+        raise ConfigError(
+            f"the head gives {shapes.classes} logits, and {data.spec.description} has {len(data.spec.labels)} classes"
+        )
 
-    With `views` above 1 each image of the batch comes that often, each time with a shift of its own.
+
+class _Batches:
+    """The batch of any step: epochs are permutations drawn from (seed, epoch), augmentations are drawn per step.
+
+    With `views` above 1 each row of the batch comes that often, each time augmented in its own way.
     """
 
-    def __init__(self, settings: TrainConfig, data: Digits, shift: int, views: int) -> None:
-        if settings.batch > len(data.train):
-            raise ConfigError(f"train.batch must be at most the {len(data.train)} training images, got {settings.batch}")
-        self._seed, self._size, self._shift = settings.seed, settings.batch, shift
-        self._train, self._views = data.train, views
-        self._steps = len(data.train) // settings.batch
+    def __init__(self, settings: TrainConfig, train: Split, augment: Augmentation, views: int) -> None:
+        if settings.batch > len(train):
+            raise ConfigError(f"train.batch must be at most the {len(train)} training rows, got {settings.batch}")
+        self._seed, self._size, self._augment = settings.seed, settings.batch, augment
+        self._train, self._views = train, views
+        self._steps = len(train) // settings.batch
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def at(self, step: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -162,10 +211,10 @@ class _Batches:
             order = np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._train))
             self._epoch, self._order = epoch, torch.from_numpy(order)
         rows = self._order[index * self._size : (index + 1) * self._size].repeat(self._views)
-        return shift_images(self._train.images[rows], self._shift, rng), self._train.labels[rows]
+        return self._augment(self._train.x[rows], rng), self._train.labels[rows]
 
 
-def _claim(run: Path, config: RunConfig, resume: bool) -> None:
+def _claim(run: Path, config: RunConfig, spec: DataSpec, resume: bool) -> None:
     """Make the run's folder ours: a new one, or with `resume` the one that the same configuration started."""
     run.mkdir(parents=True, exist_ok=True)
     if (run / CHECKPOINT_FILE).exists() or ((run / CONFIG_FILE).exists() and resume):
@@ -174,6 +223,9 @@ def _claim(run: Path, config: RunConfig, resume: bool) -> None:
         before = load_run_config(run)
         if before != config:
             raise ConfigError(f"{run} was started with another configuration; resume it without changing any setting")
+        if load_spec(run) != spec:
+            raise ConfigError(f"{run} was started with other data; restore them, or choose another --out")
+    save_spec(run, spec)
     save_config(run, config)
 
 

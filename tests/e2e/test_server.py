@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import LiveServer, Trained, start_server
-from training.data import Digits
+from training.dataset import Dataset
 
 GOOD = [[0.5] * 28] * 28
 
@@ -27,9 +27,9 @@ def hbll(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def image(tmp_path: Path, digits: Digits) -> Path:
+def image(tmp_path: Path, digits: Dataset) -> Path:
     file = tmp_path / "digit.png"
-    Image.fromarray((digits.test.images[0].numpy() * 255).astype("uint8")).save(file)
+    Image.fromarray((digits.test.x[0].numpy() * 255).astype("uint8")).save(file)
     return file
 
 
@@ -77,9 +77,9 @@ def test_predict_without_a_server_says_how_to_start_one(image: Path) -> None:
     assert "Start one with `hbll serve`" in " ".join(done.stderr.split())
 
 
-def test_many_clients_at_once_all_get_their_own_answer(server: LiveServer, digits: Digits) -> None:
+def test_many_clients_at_once_all_get_their_own_answer(server: LiveServer, digits: Dataset) -> None:
     """Answers under load are those of a quiet server, whoever shares a batch."""
-    images = [image.tolist() for image in digits.test.images[:24]]
+    images = [image.tolist() for image in digits.test.x[:24]]
     wishes = [{"depth": 1}, {"depth": 3}, {"min_confidence": 0.5}, {}]
 
     with httpx.Client(base_url=server.url, timeout=60) as client:

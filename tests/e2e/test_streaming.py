@@ -18,7 +18,7 @@ from service.repository import Repository
 from service.settings import Settings
 from tests.conftest import LiveServer
 from tests.fakes import FakeRunner, fake_model
-from training.data import Digits
+from training.dataset import Dataset
 
 
 def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, object]]]:
@@ -39,8 +39,8 @@ def stream(server: LiveServer, body: dict[str, object]) -> list[tuple[str, dict[
 
 
 @pytest.fixture
-def inputs(digits: Digits) -> list[object]:
-    return [image.tolist() for image in digits.test.images[:6]]
+def inputs(digits: Dataset) -> list[object]:
+    return [image.tolist() for image in digits.test.x[:6]]
 
 
 def test_every_rung_is_an_event_and_the_last_is_final(server: LiveServer, inputs: list[object]) -> None:
@@ -67,8 +67,8 @@ def test_wishes_end_a_stream_early(server: LiveServer, inputs: list[object]) -> 
     assert [(data["depth"], data["final"], data["stopped_by"]) for _, data in answers] == [(7, True, "depth")]
 
 
-def test_monotone_confidence_never_falls_and_plain_confidence_does(server: LiveServer, digits: Digits) -> None:
-    inputs = [image.tolist() for image in digits.test.images[:40]]
+def test_monotone_confidence_never_falls_and_plain_confidence_does(server: LiveServer, digits: Dataset) -> None:
+    inputs = [image.tolist() for image in digits.test.x[:40]]
 
     def falls(body: dict[str, object]) -> int:
         confidences: dict[object, list[float]] = {}
