@@ -26,6 +26,7 @@ from service.limits import LimitBody
 from service.metrics import Metrics
 from service.oip import infer as oip_infer
 from service.oip import routes as oip_routes
+from service.oip.rpc.port import check_grpc, open_rpc
 from service.pauses import watch_pauses
 from service.raw import RawRoute
 from service.reload import watch_repository
@@ -50,9 +51,11 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
 
     Raises:
         BundleError: a bundle is damaged or missing; the message names the file.
+        GrpcError: gRPC is wanted and cannot be had.
         pydantic.ValidationError: a setting is wrong; the message names it.
     """
     settings = settings or Settings()
+    check_grpc(settings)
     repository = repository or open_repository(settings)
     metrics = Metrics()
     tracer = open_tracer()
@@ -64,11 +67,16 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         trace=tracer is not None,
     )
 
+    context = Context(settings, repository, engine, metrics, tracer)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         background = asyncio.create_task(_warm_up_and_watch(app), name="warm-up")
+        app.state.rpc = rpc = await open_rpc(context)
         with watch_pauses(lambda pause_s: metrics.gc_seconds.observe(pause_s) if app.state.context.warm else None):
             yield
+        if rpc is not None:
+            await rpc.drain()
         await engine.stop()
         background.cancel()
         await asyncio.gather(background, return_exceptions=True)
@@ -88,7 +96,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
             Exception: on_unknown_error,
         },
     )
-    app.state.context = Context(settings, repository, engine, metrics, tracer)
+    app.state.context = context
     app.state.metrics = metrics
     app.router.routes.append(RawRoute())  # before the route of the same URL
     # Tried in order: first those that answer.

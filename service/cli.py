@@ -19,6 +19,7 @@ from rich.table import Table
 from family.manifest import BundleError, Manifest, check_files, load_manifest
 from family.tree import format_path
 from service.app import create_app
+from service.oip.rpc.port import GrpcError
 from service.settings import Settings
 
 console = Console()
@@ -33,9 +34,16 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 @click.argument("models", type=click.Path(path_type=Path), required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--grpc-port",
+    type=click.IntRange(0, 65535),
+    help="Port of the Open Inference Protocol over gRPC; 0: any.  [default: no gRPC]",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of one inference.  [default: all cores but one]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), help="Where models run.  [default: auto]")
-def serve(models: Path | None, host: str, port: int, threads: int | None, device: str | None) -> None:
+def serve(
+    models: Path | None, host: str, port: int, grpc_port: int | None, threads: int | None, device: str | None
+) -> None:
     """Serve the model repository MODELS, a folder of MODEL/VERSION/ bundles (default: models).
 
     Of each model the highest version is served; a higher one that appears later replaces it without a gap. Every other
@@ -49,17 +57,20 @@ def serve(models: Path | None, host: str, port: int, threads: int | None, device
       HBLL_RESERVE_MS   kept back from every budget to send the answer
       HBLL_POLL_S       how often new versions are looked for; 0: never
       HBLL_CACHE_DIR    where measured latencies are kept
+      HBLL_GRPC_PORT, HBLL_GRPC_HOST
 
     \b
     Examples:
       hbll serve models --port 8000
       curl localhost:8000/v1/models
     """
-    given: dict[str, Any] = {"models": models, "threads": threads, "device": device}
+    given: dict[str, Any] = {"models": models, "grpc_port": grpc_port, "threads": threads, "device": device}
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         settings = Settings(**{key: value for key, value in given.items() if value is not None})
+        if "grpc_host" not in settings.model_fields_set:
+            settings = settings.model_copy(update={"grpc_host": host})
         app = create_app(settings)
     except ValidationError as exc:
         problems = "; ".join(
@@ -69,7 +80,7 @@ def serve(models: Path | None, host: str, port: int, threads: int | None, device
         raise click.ClickException(f"wrong setting: {problems}") from exc
     except SettingsError as exc:  # no JSON where it should be
         raise click.ClickException(f"wrong setting: {exc}: {exc.__cause__}") from exc
-    except BundleError as exc:
+    except (BundleError, GrpcError) as exc:
         raise click.ClickException(str(exc)) from exc
     # uvicorn drains on SIGTERM and then raises it once more, for whoever handled it before: a normal end has status 0.
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -75,6 +75,10 @@ class Settings(BaseSettings, ModelSettings):
         ge=0,
         description="how often the repository is searched for new versions, which then replace the old; 0: never",
     )
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="port of the Open Inference Protocol over gRPC; 0: any; none: no gRPC"
+    )
+    grpc_host: str = Field("127.0.0.1", description="address of the gRPC port; of `hbll serve` by default that of HTTP")
     per_model: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="what of policy, min_depth, default_latency_budget_ms and audit_rate is different for single models, "

@@ -89,7 +89,7 @@ async def describe_model(served: Served) -> ModelMetadata:
 @for_models(router, "GET", "/ready", tags=_TAGS, responses=errors(404, 500, 503))
 async def model_ready(served: Served, ctx: Ctx) -> ModelReady:
     """200 once the model answers, 503 until then and while shutting down."""
-    if _state(ctx, served) != "READY":
+    if state_of(ctx, served) != "READY":
         message = f"{served.name} is warming up or shutting down: ask again in a second"
         raise NotReady(message, name=served.name, ready=False)
     return ModelReady(name=served.name, ready=True)
@@ -136,11 +136,16 @@ async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
         asked = IndexRequest.model_validate_json(body or b"{}")
     except ValidationError as exc:
         raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
+    return index_of(ctx, ready=asked.ready)
+
+
+def index_of(ctx: Context, *, ready: bool) -> list[IndexEntry]:
+    """The models that are served, or those of them that are `ready`."""
     entries = [
-        IndexEntry(name=served.name, version=str(served.version), state=_state(ctx, served), reason="")
+        IndexEntry(name=served.name, version=str(served.version), state=state_of(ctx, served), reason="")
         for served in ctx.repository.models.values()
     ]
-    return [entry for entry in entries if entry.state == "READY" or not asked.ready]
+    return [entry for entry in entries if entry.state == "READY" or not ready]
 
 
 @router.post(
@@ -156,6 +161,18 @@ async def load(model: str, request: Request, ctx: Ctx) -> Response:
         LoadRequest.model_validate_json(await request.body() or b"{}")
     except ValidationError as exc:
         raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
+    await load_newest(ctx, model)
+    return Response()
+
+
+async def load_newest(ctx: Context, model: str) -> None:
+    """Serve the highest version of the model in the repository.
+
+    Raises:
+        NotReady: the server is warming up or shutting down.
+        BadRequest: the bundle is damaged.
+        UnknownModel: there is none of that name.
+    """
     if not ctx.ready:
         raise NotReady("the server is warming up or shutting down: ask again in a second")
     try:
@@ -164,8 +181,7 @@ async def load(model: str, request: Request, ctx: Ctx) -> Response:
             await load_version(ctx, model, newest[model])
     except (BundleError, OSError) as exc:
         raise BadRequest(f"{model} cannot be loaded: {exc}") from exc
-    ctx.repository.get(model)  # or 404
-    return Response()
+    ctx.repository.get(model)  # or UnknownModel
 
 
 @router.post("/v2/repository/models/{model}/unload", tags=_TAGS, responses=errors(404, 413, 415, 422, 500, 501))
@@ -175,7 +191,8 @@ async def unload(model: str, ctx: Ctx) -> None:
     raise NotSupported("models are not unloaded while the server runs, but replaced by their next version")
 
 
-def _state(ctx: Context, served: ServedModel) -> Literal["READY", "LOADING", "UNAVAILABLE"]:
+def state_of(ctx: Context, served: ServedModel) -> Literal["READY", "LOADING", "UNAVAILABLE"]:
+    """What the repository's index says of a model."""
     if ctx.ready and served.profile is not None:
         return "READY"
     return "UNAVAILABLE" if ctx.warm else "LOADING"

@@ -1,6 +1,6 @@
-"""Models in URLs, with and without a version: `/v2/models/{model}[/versions/{version}]...`.
+"""Models and their versions, in URLs `/v2/models/{model}[/versions/{version}]...` and elsewhere.
 
-Today the highest version of a model is served, so that is the only one that a URL can name.
+Today the highest version of a model is served, so that is the only one that can be named.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Request
 
 from service.context import context_of
 from service.errors import UnknownVersion
-from service.repository import ServedModel
+from service.repository import Repository, ServedModel
 
 _PREFIXES = {"/v2/models/{model}": ("model",), "/v2/models/{model}/versions/{version}": ("model", "version")}
 
@@ -26,8 +26,17 @@ def served_model(request: Request) -> ServedModel:
         UnknownModel: there is none of that name.
         UnknownVersion: it is not served in that version.
     """
-    served = context_of(request).repository.get(request.path_params["model"])
-    version: str | None = request.path_params.get("version")
+    return version_of(context_of(request).repository, request.path_params["model"], request.path_params.get("version"))
+
+
+def version_of(repository: Repository, model: str, version: str | None) -> ServedModel:
+    """The model in this version; none: in the one that is served.
+
+    Raises:
+        UnknownModel: there is none of that name.
+        UnknownVersion: it is not served in that version.
+    """
+    served = repository.get(model)
     if version is not None and version != str(served.version):
         raise UnknownVersion(
             f"version {version[:20]!r} of {served.name} is not served here: expected {served.version}",
