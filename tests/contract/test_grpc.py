@@ -60,7 +60,12 @@ def set_parameters(where: dict[str, pb.InferParameter], values: dict[str, object
 
 
 def request(
-    images: np.ndarray, wishes: dict[str, object] | None = None, outputs: tuple[str, ...] = (), *, raw: bool = True, id_: str = ""
+    images: np.ndarray,
+    wishes: dict[str, object] | None = None,
+    outputs: tuple[str, ...] = (),
+    *,
+    raw: bool = True,
+    id_: str = "",
 ) -> pb.ModelInferRequest:
     message = pb.ModelInferRequest(model_name="digits", id=id_)
     tensor = message.inputs.add(name="x", datatype="FP32", shape=images.shape)
