@@ -15,9 +15,9 @@ from service.media import JSON, OCTETS, reading
 from service.oip.inference import describe_answer, open_inference
 from service.oip.schemas import InferenceParameters, InferenceRequest, InferenceResponse
 from service.oip.tensors import read_values
-from service.oip.versions import for_models, served_model
 from service.oip.wire import HEADER_LENGTH, read_request, write_response
 from service.presence import while_connected
+from service.versions import for_models, served_model
 from service.wishes import HEADER_PARAMETERS
 
 router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS, unnamed=True))
@@ -67,6 +67,7 @@ _DESCRIBED = {
 
 @for_models(
     router,
+    "/v2",
     "POST",
     "/infer",
     tags=["open inference protocol"],

@@ -263,7 +263,7 @@ def test_models_are_loaded_and_not_unloaded(stub: service_pb2_grpc.GRPCInference
         lambda: stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="digits"))
     )
     assert (status, code) == (grpc.StatusCode.UNIMPLEMENTED, "not_supported")
-    assert "replaced by their next version" in sentence
+    assert "take a version out of the repository" in sentence
     unknown = pb.RepositoryModelLoadRequest(model_name="cats")
     assert refusal(lambda: stub.RepositoryModelLoad(unknown))[:2] == (grpc.StatusCode.NOT_FOUND, "unknown_model")
     status, *_ = refusal(lambda: stub.SystemSharedMemoryStatus(pb.SystemSharedMemoryStatusRequest()))

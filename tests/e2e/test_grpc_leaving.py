@@ -55,7 +55,7 @@ def test_calls_that_leave_the_queue_cost_no_block(
         for call in waiting:
             call.cancel()
     held.wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 20)
-    assert held.metric('hbll_failed_seconds_count{model="fake"}') == 20
+    assert held.metric('hbll_failed_seconds_count{model="fake",version="1"}') == 20
     assert {call.code() for call in waiting} == {
         grpc.StatusCode.DEADLINE_EXCEEDED if how == "deadline" else grpc.StatusCode.CANCELLED
     }
@@ -63,7 +63,7 @@ def test_calls_that_leave_the_queue_cost_no_block(
     assert first.result(timeout=20).model_name == "fake"
     held.wait_for(lambda: held.metric("hbll_queue_rows") == 0)
     assert all(count == 1 for _, count, _ in held.runner.runs)
-    assert held.metric('hbll_block_rows_total{model="fake"}') == 1 + 1 + 1 + 7  # the first call's climb, alone
+    assert held.metric('hbll_block_rows_total{model="fake",version="1"}') == 1 + 1 + 1 + 7  # the first call's climb, alone
 
 
 def test_rungs_that_nobody_waits_for_do_not_run(held: HeldServer, stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:

@@ -19,7 +19,6 @@ from service.oip.inference import Inference, describe_answer, open_inference
 from service.oip.rpc.messages import read_request, values_of, write_response
 from service.oip.rpc.status import status_of
 from service.oip.rpc.stubs import open_inference_pb2 as pb
-from service.oip.versions import version_of
 from service.tracing import Timed
 
 
@@ -95,7 +94,7 @@ async def answer_rungs(
 
 
 def _open(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival, *, climb: bool = False) -> Inference:
-    served = version_of(ctx.repository, request.model_name, request.model_version or None)
+    served = ctx.repository.get(request.model_name, request.model_version or None)
     inference = open_inference(
         ctx,
         served,

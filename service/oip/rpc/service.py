@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 import grpc
@@ -21,7 +21,6 @@ from service.oip.rpc.streams import serve_stream
 from service.oip.rpc.stubs import open_inference_pb2 as pb
 from service.oip.schemas import Statistics
 from service.oip.statistics import statistics_of
-from service.oip.versions import version_of
 from service.repository import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -111,20 +110,23 @@ class Service:
         return pb.ServerReadyResponse(ready=self._ctx.ready)
 
     async def _model_ready(self, request: pb.ModelReadyRequest) -> Message:
-        return pb.ModelReadyResponse(ready=routes.state_of(self._ctx, self._served(request)) == "READY")
+        return pb.ModelReadyResponse(ready=self._ctx.answers(self._served(request)))
 
     async def _server_metadata(self, _: pb.ServerMetadataRequest) -> Message:
         return told(await routes.describe_server(), pb.ServerMetadataResponse())
 
     async def _model_metadata(self, request: pb.ModelMetadataRequest) -> Message:
-        return told(await routes.describe_model(self._served(request)), pb.ModelMetadataResponse())
+        return told(await routes.describe_model(self._served(request), self._ctx), pb.ModelMetadataResponse())
 
     async def _model_config(self, request: pb.ModelConfigRequest) -> Message:
         config = await routes.configuration(self._served(request), self._ctx)
         return pb.ModelConfigResponse(config=told(config, pb.ModelConfig()))
 
     async def _model_statistics(self, request: pb.ModelStatisticsRequest) -> Message:
-        models = [self._served(request)] if request.name else self._ctx.repository.models.values()
+        repository = self._ctx.repository
+        models: Iterable[ServedModel] = repository.versions(request.name).values() if request.name else repository.served
+        if request.version:
+            models = [self._served(request)]
         statistics = Statistics(model_stats=[statistics_of(self._ctx.metrics, served) for served in models])
         return told(statistics, pb.ModelStatisticsResponse())
 
@@ -154,4 +156,4 @@ class Service:
     def _served(
         self, request: pb.ModelReadyRequest | pb.ModelMetadataRequest | pb.ModelConfigRequest | pb.ModelStatisticsRequest
     ) -> ServedModel:
-        return version_of(self._ctx.repository, request.name, request.version or None)
+        return self._ctx.repository.get(request.name, request.version or None)
