@@ -72,8 +72,8 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        background = asyncio.create_task(_warm_up_and_watch(app), name="warm-up")
         app.state.rpc = rpc = await open_rpc(context)
+        background = asyncio.create_task(_warm_up_and_watch(app), name="warm-up")
         with watch_pauses(lambda pause_s: metrics.gc_seconds.observe(pause_s) if app.state.context.warm else None):
             yield
         if rpc is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import grpc
 
@@ -24,11 +25,13 @@ class RpcServer:
 
     Messages are at most `max_body_bytes` long, compressed or not, which is found out before they are read whole. A call for
     answers has a row at least, so more calls at a time than rows may wait would be refused later; they are at once.
+    `interceptors` see each call, its method and metadata, first: whoever decides who may call belongs there.
     """
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(self, ctx: Context, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
         self._service = Service(ctx)
         self._server = grpc.aio.server(
+            interceptors=interceptors,
             options=[
                 ("grpc.max_receive_message_length", ctx.settings.max_body_bytes),
                 ("grpc.so_reuseport", 0),  # else two servers share a port and neither knows
