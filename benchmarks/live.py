@@ -71,6 +71,7 @@ def serve(models: Path, policy: str, module: str = "hbll", **settings: str) -> I
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HBLL_")}
     environment |= {"HBLL_POLICY": policy, "HBLL_THREADS": "1", "HBLL_MAX_QUEUE_ROWS": "4096", **settings}
+    environment |= {"HBLL_MAX_CONNECTIONS": "100000"}  # an overload is to wait in the queue
     command = [sys.executable, "-m", module, "serve", str(models), "--port", str(port)]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -115,6 +115,7 @@ def trace(ctx: Context, request: Request, call: Call, spans: Sequence[Timed], st
         "http.route": route,
         "http.response.status_code": status,
         "hbll.model": call.served.name,
+        "hbll.request_id": request.state.request_id,
         "hbll.version": call.served.version,
     }
     whole = Timed(f"{request.method} {route}", call.arrived_s, call.arrived_s + call.total_s, attributes)

@@ -104,7 +104,7 @@ async def describe_model(served: Served, ctx: Ctx) -> ModelDetail:
     )
 
 
-@router.get("/health/live", tags=["health"])
+@router.get("/health/live", tags=["health"], responses=errors(needs_key=False))
 async def live() -> Live:
     """The process answers."""
     return Live(live=True)
@@ -127,7 +127,7 @@ async def ready(ctx: Ctx) -> Response:
     return JSONResponse({"ready": is_ready, "drift_alarms": alarms}, 200 if is_ready else 503)
 
 
-@router.get("/metrics", tags=["health"], response_class=PlainTextResponse)
+@router.get("/metrics", tags=["health"], response_class=PlainTextResponse, responses=errors())
 async def metrics(ctx: Ctx) -> Response:
     """Prometheus exposition."""
     ctx.metrics.ready.set(ctx.ready)

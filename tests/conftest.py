@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -96,8 +97,14 @@ def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         live.stop()
 
 
-def start_server(models: Path, folder: Path, settings: dict[str, str] | None = None, until: str = "ready") -> LiveServer:
-    """Start `hbll serve` on a free port and wait until it says that it is ready (or live)."""
+def start_server(
+    models: Path,
+    folder: Path,
+    settings: dict[str, str] | None = None,
+    until: str = "ready",
+    trust: ssl.SSLContext | None = None,
+) -> LiveServer:
+    """Start `hbll serve` on a free port and wait until it says that it is ready (or live); by TLS if there is `trust`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -108,11 +115,11 @@ def start_server(models: Path, folder: Path, settings: dict[str, str] | None = N
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment | (settings or {})
         )
-    live = LiveServer(process, f"http://127.0.0.1:{port}", log)
+    live = LiveServer(process, f"{'https' if trust else 'http'}://127.0.0.1:{port}", log)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{live.url}/health/{until}").status_code == 200:
+            if httpx.get(f"{live.url}/health/{until}", verify=trust or True).status_code == 200:
                 return live
         except httpx.TransportError:
             pass

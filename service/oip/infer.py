@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.access import note_answer
 from service.call import count_answered, count_failed, learn_send, trace
 from service.context import context_of, errors
 from service.encodings import accepted_coding
@@ -101,6 +102,7 @@ async def infer(request: Request) -> Response:
     count_answered(ctx.metrics, call, total_s)
     learn_send(call, answer)
     trace(ctx, request, call, answer.spans, 200)
+    note_answer(request, answer, deadline_met=call.deadline_met(total_s))
     header = {
         "model_name": served.name,
         "model_version": str(served.version),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import queue
 from collections.abc import Iterator
-from typing import Any
 
 import grpc
 import numpy as np
@@ -17,12 +15,6 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from service.app import create_app
-from service.context import Context
-from service.engine import Engine
-from service.errors import ServiceError
-from service.metrics import Metrics
-from service.oip.rpc.server import RpcServer
-from service.oip.rpc.status import abort
 from service.repository import Repository
 from service.settings import Settings
 from tests.conftest import Trained
@@ -378,46 +370,3 @@ def test_a_stream_answers_rung_by_rung_where_it_is_asked_to(client: Client, imag
     ((one, _),) = ask_stream(client, [asked | {"parameters": {"rungs": False}}])
     assert one is not None
     assert one.raw_output_contents == answers[-1].raw_output_contents  # type: ignore[union-attr]
-
-
-class Deny(grpc.aio.ServerInterceptor):
-    """Lets calls with a token through."""
-
-    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        handler = await continuation(details)
-        if ("authorization", "Bearer good") in [tuple(each) for each in details.invocation_metadata]:
-            return handler
-
-        async def refuse(_message: object, call: Any) -> None:
-            await abort(call, Refused("expected a token"))
-
-        if handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(refuse)
-        return grpc.unary_unary_rpc_method_handler(refuse)
-
-
-class Refused(ServiceError):
-    status = 401
-    code = "refused"
-
-
-def test_an_interceptor_decides_who_may_call(images: np.ndarray) -> None:
-    async def serve_and_ask() -> None:
-        settings = Settings()
-        metrics = Metrics()
-        engine = Engine(metrics, max_batch=1, max_queue_rows=1, reserve_s=0)
-        server = RpcServer(Context(settings, Repository([fake_model()]), engine, metrics), [Deny()])
-        await server.start("127.0.0.1", 0)
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            assert (await stub.ServerLive(pb.ServerLiveRequest(), metadata=[("authorization", "Bearer good")])).live
-            for call in (stub.ServerLive(pb.ServerLiveRequest()), stub.ModelInfer(request(images))):
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await call
-                assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
-                assert ("code", "refused") in [tuple(each) for each in caught.value.trailing_metadata()]
-            stream = stub.ModelStreamInfer()
-            assert await stream.code() == grpc.StatusCode.UNAUTHENTICATED
-        await server.drain()
-
-    asyncio.run(serve_and_ask())

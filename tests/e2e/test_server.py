@@ -167,8 +167,12 @@ def test_the_server_does_not_start_on_a_damaged_bundle(trained: Trained, tmp_pat
 def test_a_bad_setting_stops_start_up_and_is_named(trained: Trained) -> None:
     command = [sys.executable, "-m", "hbll", "serve", str(trained.models)]
     for variable, value, message in (
-        ("HBLL_MAX_BATCH", "many", "wrong setting: max_batch: Input should be a valid integer"),
-        ("HBLL_MAX_BACTH", "8", "wrong setting: unknown variable HBLL_MAX_BACTH: expected some of HBLL_AUDIT_RATE"),
+        (
+            "HBLL_MAX_BATCH",
+            "many",
+            "wrong setting: max_batch (environment HBLL_MAX_BATCH): Input should be a valid integer",
+        ),
+        ("HBLL_MAX_BACTH", "8", "wrong setting: unknown variable HBLL_MAX_BACTH: expected some of HBLL_ACCESS_LOG"),
         ("HBLL_MAX_QUEUE_ROWS", "10", "max_request_rows must be at most max_queue_rows, got 256 and 10"),
     ):
         done = subprocess.run(

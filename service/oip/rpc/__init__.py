@@ -3,6 +3,8 @@ process, event loop and engine. Needs the extra `grpc`; only modules in here kno
 
     port.py        whether gRPC is wanted and can be had
     server.py      the port: limits, start, drain
+    callers.py     who may call
+    names.py       the services' names
     service.py     the RPCs
     answering.py   requests for answers: to the engine and back
     streams.py     the RPC that is a stream of them

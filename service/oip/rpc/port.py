@@ -30,7 +30,9 @@ def check_grpc(settings: Settings) -> None:
             raise GrpcError(
                 f"grpc_port needs the package {package!r}, which is not installed here: pip install 'hbll-anytime[grpc]'"
             )
-    host, port = settings.grpc_host, settings.grpc_port
+    if settings.key_password is not None:
+        raise GrpcError("grpc_port needs a private key that is not encrypted: the gRPC library takes no password")
+    host, port = settings.host, settings.grpc_port
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
@@ -51,7 +53,7 @@ async def open_rpc(ctx: Context) -> RpcServer | None:
     from service.oip.rpc.server import RpcServer
 
     server = RpcServer(ctx)
-    await server.start(ctx.settings.grpc_host, ctx.settings.grpc_port)
+    await server.start()
     return server
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import grpc
 
 from service.context import Context
+from service.oip.rpc.callers import KeyCheck
 from service.oip.rpc.port import port_error
 from service.oip.rpc.service import Service
+from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +26,14 @@ class RpcServer:
 
     Messages are at most `max_body_bytes` long, compressed or not, which is found out before they are read whole. A call for
     answers has a row at least, so more calls at a time than rows may wait would be refused later; they are at once.
-    `interceptors` see each call, its method and metadata, first: whoever decides who may call belongs there.
+    API keys and TLS are HTTP's.
     """
 
-    def __init__(self, ctx: Context, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
+    def __init__(self, ctx: Context) -> None:
+        self._settings = ctx.settings
         self._service = Service(ctx)
         self._server = grpc.aio.server(
-            interceptors=interceptors,
+            interceptors=[KeyCheck(ctx.keys, ctx.metrics)] if ctx.keys is not None else [],
             options=[
                 ("grpc.max_receive_message_length", ctx.settings.max_body_bytes),
                 ("grpc.so_reuseport", 0),  # else two servers share a port and neither knows
@@ -41,15 +43,20 @@ class RpcServer:
         self._server.add_generic_rpc_handlers(self._service.handlers())
         self.port = 0
 
-    async def start(self, host: str, port: int) -> None:
-        """Serve at `host`; 0 as `port` is any that is free, which the log tells.
+    async def start(self) -> None:
+        """Serve; the log tells which port it is where any would do.
 
         Raises:
             GrpcError: the port cannot be opened.
         """
+        host, port = self._settings.host, self._settings.grpc_port or 0
         address = f"[{host}]" if ":" in host else host
+        credentials = _credentials(self._settings)
         try:
-            self.port = self._server.add_insecure_port(f"{address}:{port}")
+            if credentials is None:
+                self.port = self._server.add_insecure_port(f"{address}:{port}")
+            else:
+                self.port = self._server.add_secure_port(f"{address}:{port}", credentials)
         except RuntimeError as exc:
             raise port_error(host, port, str(exc)) from exc
         await self._server.start()
@@ -59,3 +66,13 @@ class RpcServer:
         """Take no more calls, and end when those that are open have, or have had their time."""
         self._service.drain()
         await self._server.stop(_DRAIN_S)
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """The server's certificate; none without TLS."""
+    if settings.tls_cert is None:
+        return None
+    chain = settings.tls_cert.read_bytes()
+    key = chain if settings.tls_key is None else settings.tls_key.read_bytes()
+    authorities = None if settings.tls_client_ca is None else settings.tls_client_ca.read_bytes()
+    return grpc.ssl_server_credentials([(key, chain)], authorities, require_client_auth=authorities is not None)

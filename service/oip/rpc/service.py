@@ -16,6 +16,7 @@ from service.errors import BadRequest, ServiceError, UnknownService
 from service.oip import routes
 from service.oip.rpc.answering import Arrival, answer
 from service.oip.rpc.messages import parse, told
+from service.oip.rpc.names import HEALTH, INFERENCE
 from service.oip.rpc.status import abort
 from service.oip.rpc.streams import serve_stream
 from service.oip.rpc.stubs import open_inference_pb2 as pb
@@ -24,9 +25,6 @@ from service.oip.statistics import statistics_of
 from service.repository import ServedModel
 
 logger = logging.getLogger(__name__)
-
-NAME = "inference.GRPCInferenceService"
-_HEALTH = "grpc.health.v1.Health"
 
 Request = TypeVar("Request", bound=Message)
 _OfModel = pb.ModelReadyRequest | pb.ModelMetadataRequest | pb.ModelConfigRequest | pb.ModelStatisticsRequest
@@ -58,8 +56,8 @@ class Service:
         }
         health = {"Check": self._unary(health_pb2.HealthCheckRequest, self._check)}
         return (
-            grpc.method_handlers_generic_handler(NAME, methods),
-            grpc.method_handlers_generic_handler(_HEALTH, health),
+            grpc.method_handlers_generic_handler(INFERENCE, methods),
+            grpc.method_handlers_generic_handler(HEALTH, health),
         )
 
     def drain(self) -> None:
@@ -93,7 +91,7 @@ class Service:
         return grpc.unary_unary_rpc_method_handler(handle)
 
     async def _infer(self, message: bytes, call: Call) -> bytes:
-        arrival = Arrival.now(f"{NAME}/ModelInfer", call)
+        arrival = Arrival.now(f"{INFERENCE}/ModelInfer", call)
 
         async def work() -> Message:
             return await answer(self._ctx, parse(pb.ModelInferRequest, message), arrival)
@@ -101,7 +99,7 @@ class Service:
         return await self._guarded(call, work())
 
     async def _stream(self, _: object, call: Call) -> None:
-        await self._guarded(call, serve_stream(self._ctx, f"{NAME}/ModelStreamInfer", call, self._draining))
+        await self._guarded(call, serve_stream(self._ctx, f"{INFERENCE}/ModelStreamInfer", call, self._draining))
 
     async def _server_live(self, _: pb.ServerLiveRequest) -> Message:
         return pb.ServerLiveResponse(live=True)
@@ -148,8 +146,8 @@ class Service:
 
     async def _check(self, request: health_pb2.HealthCheckRequest) -> Message:
         """See github.com/grpc/grpc, doc/health-checking.md."""
-        if request.service not in ("", NAME, _HEALTH):
-            raise UnknownService(f"no gRPC service {request.service[:80]!r} is served here: expected {NAME}")
+        if request.service not in ("", INFERENCE, HEALTH):
+            raise UnknownService(f"no gRPC service {request.service[:80]!r} is served here: expected {INFERENCE}")
         response: Message = health_pb2.HealthCheckResponse(status="SERVING" if self._ctx.ready else "NOT_SERVING")
         return response
 

@@ -12,6 +12,7 @@ import grpc
 from service.context import Context
 from service.errors import BadRequest, NotReady, ServiceError
 from service.oip.rpc.answering import Arrival, answer, answer_rungs
+from service.oip.rpc.callers import token_of
 from service.oip.rpc.messages import parse
 from service.oip.rpc.stubs import open_inference_pb2 as pb
 from service.responses import sentence
@@ -29,10 +30,14 @@ async def serve_stream(ctx: Context, method: str, stream: Stream, draining: asyn
     Raises:
         NotReady: the server is `draining`; whatever was read has been answered.
     """
+    first = True
     while (message := await _read(stream, draining)) is not None:
         arrival = Arrival.now(method, stream)
         request = pb.ModelInferRequest()
         try:
+            if ctx.keys is not None and not first:
+                ctx.keys.check(token_of(stream.invocation_metadata() or ()))
+            first = False
             request = parse(pb.ModelInferRequest, message)
             async with aclosing(_answers(ctx, request, arrival)) as answers:
                 async for response in answers:
