@@ -31,6 +31,7 @@ from service.limits import LimitBody
 from service.metrics import Metrics
 from service.oip import infer as oip_infer
 from service.oip import routes as oip_routes
+from service.oip.rpc.port import check_grpc, open_rpc
 from service.pauses import watch_pauses
 from service.raw import RawRoute
 from service.reload import watch_repository
@@ -57,10 +58,12 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
 
     Raises:
         BundleError: a bundle is damaged or missing; the message names the file.
+        GrpcError: gRPC is wanted and cannot be had.
         KeysError: the file of API keys is missing or wrong.
         pydantic.ValidationError: a setting is wrong; the message names it.
     """
     settings = settings or Settings()
+    check_grpc(settings)
     keys = Keys(settings.keys_file) if settings.keys_file is not None else None
     repository = repository or open_repository(settings)
     metrics = Metrics()
@@ -73,13 +76,18 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         trace=tracer is not None,
     )
 
+    context = Context(settings, repository, engine, metrics, tracer, keys)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.rpc = rpc = await open_rpc(context)
         background = [asyncio.create_task(_warm_up_and_watch(app), name="warm-up")]
         if keys is not None:
             background.append(asyncio.create_task(keys.watch(), name="keys"))
         with watch_pauses(lambda pause_s: metrics.gc_seconds.observe(pause_s) if app.state.context.warm else None):
             yield
+        if rpc is not None:
+            await rpc.drain()
         await engine.stop()
         for task in background:
             task.cancel()
@@ -99,7 +107,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
             RequestValidationError: on_validation_error,
         },
     )
-    app.state.context = Context(settings, repository, engine, metrics, tracer, keys)
+    app.state.context = context
     app.state.metrics = metrics
     app.router.routes.extend(map(RawRoute, model_urls("/v1")))  # before the routes of the same URLs
     # Tried in order: first those that answer.

@@ -22,6 +22,7 @@ from service.keyring import KeysError
 from service.listener import BadCertificate, server_config
 from service.logs import configure_logs
 from service.memory import PARAMETER_BYTES
+from service.oip.rpc.port import GrpcError
 from service.sources import WrongSettings, load_settings
 
 console = Console()
@@ -56,7 +57,7 @@ def serve(show_config: bool, **flags: Any) -> None:
         server = uvicorn.Server(server_config(create_app(settings), settings))
     except WrongSettings as exc:
         raise click.ClickException(f"wrong setting: {exc}") from exc
-    except (BundleError, KeysError, BadCertificate) as exc:
+    except (BundleError, GrpcError, KeysError, BadCertificate) as exc:
         raise click.ClickException(str(exc)) from exc
     # uvicorn drains on SIGTERM and then raises it once more, for whoever handled it before: a normal end has status 0.
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -10,6 +10,7 @@
     |   +-- NotOffered      422  a depth or path that the model does not offer
     +-- UnknownModel        404
     +-- UnknownVersion      404
+    +-- UnknownService      404  a gRPC service, of which somebody asks how it is
     +-- RequestTimeout      408  headers or a body that come too slowly
     +-- BodyTooLarge        413
     +-- UnsupportedMedia    415
@@ -106,6 +107,13 @@ class UnknownVersion(ServiceError):
 
     status = 404
     code = "unknown_version"
+
+
+class UnknownService(ServiceError):
+    """No gRPC service of that name is served."""
+
+    status = 404
+    code = "unknown_service"
 
 
 class RequestTimeout(ServiceError):

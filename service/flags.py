@@ -17,6 +17,7 @@ FLAGS = (
     "config",
     "host",
     "port",
+    "grpc_port",
     "workers",
     "device",
     "threads",

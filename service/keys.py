@@ -144,7 +144,17 @@ async def require_operator(request: Request) -> None:
         Forbidden: keys are needed here, and the request's is not an operator's.
     """
     key: Key | None = request.scope["state"].get("key")
-    if key is not None and not key.admin:
+    if key is not None:
+        check_operator(key)
+
+
+def check_operator(key: Key) -> None:
+    """Whether this key may change what the server does.
+
+    Raises:
+        Forbidden: it may not.
+    """
+    if not key.admin:
         raise Forbidden(f"the API key {key.name!r} is not an operator's: expected one with admin = true")
 
 

@@ -79,8 +79,10 @@ def _respond(
     scope: Scope, status: int, code: str, message: str, headers: Mapping[str, str], details: dict[str, object]
 ) -> JSONResponse:
     scope["app"].state.metrics.refusals.labels(code).inc()
-    # Messages quote what came: half a surrogate pair cannot be sent, a megabyte need not be.
+    return JSONResponse({"error": sentence(message), "code": code, **details}, status, headers)
+
+
+def sentence(message: str) -> str:
+    """What is told of an error. Messages quote what came: half a surrogate pair cannot be sent, a megabyte need not be."""
     message = message.encode("utf-8", "backslashreplace").decode()
-    if len(message) > _LONGEST_MESSAGE:
-        message = message[:_LONGEST_MESSAGE] + "..."
-    return JSONResponse({"error": message, "code": code, **details}, status, headers)
+    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "..."

@@ -86,6 +86,9 @@ class Settings(BaseSettings, ModelSettings):
     models: Path = Field(Path("models"), description="model repository: MODEL/VERSION/ folders, each a bundle")
     host: str = Field("127.0.0.1", min_length=1, description="address to listen at; 0.0.0.0: all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen at; 0: a free one")
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="port of the Open Inference Protocol over gRPC; 0: a free one; none: no gRPC"
+    )
     workers: int = Field(1, description="processes; only 1, since a device has one scheduler: run replicas instead")
     drain_s: int = Field(10, ge=0, description="how long a server that is told to end waits for its clients")
 

@@ -140,6 +140,11 @@ async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
         asked = IndexRequest.model_validate_json(body or b"{}")
     except ValidationError as exc:
         raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
+    return index_of(ctx, ready=asked.ready)
+
+
+def index_of(ctx: Context, *, ready: bool) -> list[IndexEntry]:
+    """The models that are served, or those of them that are `ready`."""
     entries = [
         IndexEntry(name=served.name, version=str(served.version), state=_state(ctx, served), reason="")
         for served in ctx.repository.served
@@ -148,7 +153,7 @@ async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
         for name, refused in ctx.repository.refused.items()
         for version, reason in refused.items()
     ]
-    return [entry for entry in entries if entry.state == "READY" or not asked.ready]
+    return [entry for entry in entries if entry.state == "READY" or not ready]
 
 
 @router.post(
@@ -165,6 +170,18 @@ async def load(model: str, request: Request, ctx: Ctx) -> Response:
         LoadRequest.model_validate_json(await request.body() or b"{}")
     except ValidationError as exc:
         raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
+    await load_newest(ctx, model)
+    return Response()
+
+
+async def load_newest(ctx: Context, model: str) -> None:
+    """Serve the highest version of the model in the repository.
+
+    Raises:
+        NotReady: the server is warming up or shutting down.
+        BadRequest: the bundle is damaged.
+        UnknownModel: there is none of that name.
+    """
     if not ctx.ready:
         raise NotReady("the server is warming up or shutting down: ask again in a second")
     try:
@@ -172,8 +189,7 @@ async def load(model: str, request: Request, ctx: Ctx) -> Response:
             raise failure
     except (BundleError, OSError) as exc:
         raise BadRequest(f"{model} cannot be loaded: {exc}") from exc
-    ctx.repository.get(model)  # or 404
-    return Response()
+    ctx.repository.get(model)  # or UnknownModel
 
 
 @router.post(

@@ -99,13 +99,14 @@ class HeldServer:
 
     def __init__(self) -> None:
         self.runner = FakeRunner()
-        app = create_app(Settings(), Repository([fake_model(runner=self.runner)]))
+        app = create_app(Settings(grpc_port=0), Repository([fake_model(runner=self.runner)]))
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         self.wait_for(lambda: self._server.started)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.rpc = f"127.0.0.1:{app.state.rpc.port}"
         self.wait_for(lambda: httpx.get(f"{self.url}/health/ready").status_code == 200)
         self.runner.runs.clear()
 
@@ -134,10 +135,14 @@ class HeldServer:
             assert time.monotonic() < deadline
             time.sleep(0.01)  # another thread's doing, which has no other way to tell us
 
-    def close(self) -> None:
-        self.runner.go.set()
+    def end(self) -> None:
+        """What SIGTERM does; returns when the server has ended."""
         self._server.should_exit = True
         self._thread.join()
+
+    def close(self) -> None:
+        self.runner.go.set()
+        self.end()
 
 
 @pytest.fixture
