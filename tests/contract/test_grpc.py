@@ -21,7 +21,7 @@ from tests.conftest import Trained
 from tests.contract.conftest import Client
 from tests.contract.test_oip import OUTPUTS, in_json, post, post_binary
 from tests.fakes import fake_model
-from training.data import Digits
+from training.dataset import Dataset
 
 FIELDS = {"FP32": "fp32_contents", "INT64": "int64_contents", "BYTES": "bytes_contents"}
 WISHES: dict[str, dict[str, object]] = {
@@ -38,7 +38,7 @@ WISHES: dict[str, dict[str, object]] = {
 
 
 @pytest.fixture(scope="module")
-def images(digits: Digits) -> np.ndarray:
+def images(digits: Dataset) -> np.ndarray:
     return digits.test.images[:4].numpy()
 
 

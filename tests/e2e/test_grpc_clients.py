@@ -23,7 +23,7 @@ from tritonclient.utils import InferenceServerException
 from tests.conftest import LiveServer, Trained, start_server
 from tests.contract.test_grpc_errors import CASES, refused
 from tests.e2e.test_oip_clients import check, tensor
-from training.data import Digits
+from training.dataset import Dataset
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def address(server: LiveServer) -> str:
 
 
 @pytest.fixture(scope="module")
-def images(digits: Digits) -> np.ndarray:
+def images(digits: Dataset) -> np.ndarray:
     return digits.test.images[:6].numpy()
 
 
