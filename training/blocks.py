@@ -58,6 +58,10 @@ class StackedBlocks(nn.Module, ABC):
         """`f_node(state)`, `(batch, *state_shape)` -> the same shape."""
         return self.run(self.of(node), state)
 
+    def at_each(self, nodes: range, states: Tensor) -> Tensor:
+        """The blocks of `k` nodes on a batch of states each, `(k, batch, *state_shape)` -> the same shape."""
+        return self.run(self.of(nodes), states)
+
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:
     def add(leaf: Tensor) -> None:

@@ -16,6 +16,7 @@ from training import compare as comparison
 from training.checkpoint import CheckpointError, load_family
 from training.config import ConfigError, MethodName, RunConfig, dump_config, load_config, parse_override
 from training.data import TRAINING_IMAGES, Digits, load_digits
+from training.distributed import Team, TeamError, join
 from training.evaluate import METRICS_FILE, PathScore, measure, write_metrics
 from training.methods import METHODS, steps_of, trained_paths
 from training.model import Family, build_family
@@ -86,6 +87,10 @@ _threads = click.option(
 @_set
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration, the model's size and the work, and exit.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where steps run.")
+@click.option(
+    "--tree-ranks", type=int, default=1, show_default=True, help="Ranks that divide the nodes of a level among them."
+)
 @_threads
 def train(
     config: Path | None,
@@ -98,6 +103,8 @@ def train(
     settings: dict[str, object],
     resume: bool,
     dry_run: bool,
+    device: str,
+    tree_ranks: int,
     threads: int,
 ) -> None:
     """Train a family of subnetworks that share one set of weights.
@@ -105,11 +112,16 @@ def train(
     The folder --out gets config.json, checkpoint.safetensors, log.csv, TensorBoard events and, at the end,
     metrics.json and plots. A killed run goes on with --resume.
 
+    Started by torchrun, all its ranks train one family: they divide the batch among them, or with --tree-ranks (methods
+    hbll and hbll-paper) the nodes of every level, or both. The result does not depend on their number, and a run can go
+    on with another one. docs/parallel.md tells what to expect.
+
     \b
     Examples:
       hbll train
       hbll train --method bp --blocks 3 --budget 90 --out runs/bp3
       hbll train --config training/configs/mlp.toml --out runs/mlp
+      torchrun --nproc-per-node 2 -m hbll train --method hbll --tree-ranks 2 --out runs/both
       hbll train --config training/configs/resmlp.toml --set model.width=96 --set train.lr=2e-3 --dry-run
     """
     flags = {"method": method, "blocks": blocks, "hbll_share": hbll_share, "seed": seed, "budget": budget}
@@ -121,9 +133,12 @@ def train(
             _describe(run)
             return
         data = load_digits(run.data.shift)
-        family = _train_with_bar(run, out, data, resume)
-    except (ConfigError, CheckpointError, TrainingDiverged, ValueError) as exc:
+        with join(device, tree_ranks) as team:
+            family = _train_with_bar(run, out, data, resume, team)
+    except (ConfigError, CheckpointError, TeamError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
+    if not team.leads:
+        return
     plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
     _report(run, family, data, out)
 
@@ -208,7 +223,7 @@ def evaluate(run: Path, out: Path | None) -> None:
     _report(config, family, load_digits(config.data.shift), target)
 
 
-def _train_with_bar(run: RunConfig, out: Path, data: Digits, resume: bool) -> Family:
+def _train_with_bar(run: RunConfig, out: Path, data: Digits, resume: bool, team: Team) -> Family:
     columns = (
         TextColumn("[bold]training"),
         BarColumn(bar_width=24),
@@ -218,7 +233,7 @@ def _train_with_bar(run: RunConfig, out: Path, data: Digits, resume: bool) -> Fa
         TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]} | validation {task.fields[accuracy]}"),
     )
-    with Progress(*columns, console=console, refresh_per_second=4) as bar:
+    with Progress(*columns, console=console, refresh_per_second=4, disable=not team.leads) as bar:
         task = bar.add_task("training", total=1.0, loss="-", accuracy="-")
 
         def on_step(report: Report) -> None:
@@ -231,7 +246,7 @@ def _train_with_bar(run: RunConfig, out: Path, data: Digits, resume: bool) -> Fa
                 if not console.is_terminal:
                     console.print(f"step {report.step} ({report.share:.0%}): loss {report.loss:.3f}, validation {line}")
 
-        return run_training(run, out, data, on_step, resume=resume)
+        return run_training(run, out, data, on_step, resume=resume, team=team)
 
 
 def _accuracy_line(tree: algebra.Tree, scores: dict[algebra.Path, PathScore]) -> str:

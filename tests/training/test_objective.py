@@ -329,7 +329,7 @@ def test_sampling_is_uniform_within_a_depth() -> None:
 
 def test_noise_has_the_papers_scale() -> None:
     """The posterior's standard deviation is sigma / sqrt(2): with a block that passes its state on, the child sees it."""
-    family = build_family(MlpConfig(hierarchy_depth=1, width=4), seed=0)
+    family = build_family(MlpConfig(hierarchy_depth=2, width=4), seed=0)
     seen = []
     randn = torch.randn
 
@@ -343,7 +343,7 @@ def test_noise_has_the_papers_scale() -> None:
 
 
 def _children_input(family: Family, noise: float, recording: object) -> Tensor:
-    """What the root's children would read: the one write into the states after the embedding."""
+    """What the root's children would read: what is written into the states of node 2."""
     written = []
     new_empty = Tensor.new_empty
 
@@ -356,7 +356,7 @@ def _children_input(family: Family, noise: float, recording: object) -> Tensor:
         patch.setattr(torch, "randn", recording)
         x, y = torch.rand(5, 28, 28, generator=torch.Generator().manual_seed(1)), torch.arange(5)
         hbll_step(family, x, y, nudge=0.0, noise=noise, generator=torch.Generator().manual_seed(2))
-    return written[0][1].clone()
+    return written[0][2].clone()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
