@@ -11,12 +11,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from training.blocks import Weights
-from training.model import Family
 
 Unit = Literal["blocks", "head"]
 
@@ -88,18 +85,19 @@ class _Mark(torch.autograd.Function):
 
 
 @contextmanager
-def counted(family: Family) -> Iterator[Span]:
-    """Count the span of the one step that runs inside, on the CPU."""
-    span, run = Span(), family.blocks.run
-
-    def counted_run(weights: Weights, states: Tensor) -> Tensor:
-        return span.evaluated(run(weights, states), "blocks")
-
-    vars(family.blocks)["run"] = counted_run
-    hook = family.head.register_forward_hook(lambda _module, _input, output: span.evaluated(output, "head"))
+def counted(blocks: nn.Module, head: nn.Module) -> Iterator[Span]:
+    """Count the span of the one step that runs inside, on the CPU; `blocks` has a `run(weights, states)`."""
+    span, overridden = Span(), "run" in vars(blocks)
+    run = blocks.run
+    assert callable(run)
+    vars(blocks)["run"] = lambda weights, states: span.evaluated(run(weights, states), "blocks")
+    hook = head.register_forward_hook(lambda _module, _input, output: span.evaluated(output, "head"))
     try:
         with span:
             yield span
     finally:
         hook.remove()
-        del vars(family.blocks)["run"]
+        if overridden:
+            vars(blocks)["run"] = run
+        else:
+            del vars(blocks)["run"]

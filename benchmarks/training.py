@@ -18,15 +18,17 @@ from pathlib import Path
 
 import click
 import torch
+import torch.nn.functional as F
 from matplotlib import pyplot as plt
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
 from benchmarks.span import counted
 from training.checkpoint import write_atomically
 from training.config import ModelConfig, ResMlpConfig, VitConfig
 from training.distributed import gradient_buffer
-from training.model import build_family
-from training.objective import hbll_step, path_step
+from training.model import Family, build_family
+from training.objective import hbll_step
 from training.plots import ACCENT, INK, QUIET
 
 BP, NODE, LEVEL = "BP", "HBLL, node by node", "HBLL, level-batched"
@@ -56,25 +58,52 @@ class Row:
     peak_bytes: int
 
 
+class _Network(nn.Module):
+    """All blocks of a family as one ordinary network, every block with tensors of its own: what BP is fastest on."""
+
+    def __init__(self, family: Family) -> None:
+        super().__init__()
+        self.embed, self.head, self.run = family.embed, family.head, family.blocks.run
+        stacks = dict(family.blocks.named_parameters())
+        self.weights = nn.ModuleList(
+            nn.ParameterDict({name: nn.Parameter(stack[block].detach().clone()) for name, stack in stacks.items()})
+            for block in range(family.blocks.count)
+        )
+        self.blocks = [dict(weights.items()) for weights in self.weights]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, `(batch, classes)`."""
+        state = self.embed(x)
+        for weights in self.blocks:
+            state = self.run(weights, state)
+        logits: Tensor = self.head(state)
+        return logits
+
+
 class Bench:
     """One family, one batch, and the three ways."""
 
     def __init__(self, config: ModelConfig, batch: int, hierarchy_depth: int, device: torch.device) -> None:
         # Past what a configuration allows: there are too many paths to score from D = 5 on, and nobody scores them here.
-        self.family = build_family(config.model_copy(update={"hierarchy_depth": hierarchy_depth}), seed=0).to(device)
+        config = config.model_copy(update={"hierarchy_depth": hierarchy_depth})
+        self.family = build_family(config, seed=0).to(device)
+        self.network = _Network(build_family(config, seed=0)).to(device)
         generator = torch.Generator().manual_seed(1)
         self.x = torch.rand(batch, 28, 28, generator=generator).to(device)
         self.y = torch.randint(0, 10, (batch,), generator=generator).to(device)
         self.gradients = gradient_buffer(self.family)
-        self.optimizer = torch.optim.AdamW(self.family.parameters(), lr=1e-3, fused=True)
+        modules = {BP: self.network, NODE: self.family, LEVEL: self.family}
+        self.optimizers = {
+            way: torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True) for way, module in modules.items()
+        }
         self.device = device
         # One thread's own CPU time, where that is all, does not count what else the machine does meanwhile.
         self._clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
     def losses(self, way: str) -> None:
-        """Forward and backward."""
+        """Forward and backward; gradients add up."""
         if way == BP:
-            path_step(self.family, self.family.tree.full, self.x, self.y)
+            F.cross_entropy(self.network(self.x), self.y).backward()
         else:
             at_once = 1 if way == NODE else None
             hbll_step(self.family, self.x, self.y, nudge=0.5, noise=0, generator=torch.Generator(), at_once=at_once)
@@ -83,14 +112,18 @@ class Bench:
         """Of one whole step."""
         self._wait()
         start = self._clock()
-        self.gradients.zero_()
+        if way == BP:
+            self.network.zero_grad()
+        else:
+            self.gradients.zero_()
         self.losses(way)
-        self.optimizer.step()
+        self.optimizers[way].step()
         self._wait()
         return self._clock() - start
 
     def peak_bytes(self, way: str) -> int:
-        """The most that forward and backward hold at once, as torch's allocator sees it."""
+        """The most that forward and backward hold at once beyond weights and gradients, as torch's allocator sees it."""
+        self.losses(way)  # from now on there are gradients to add to
         if self.device.type == "cuda":
             self._wait()
             before = torch.cuda.memory_allocated()
@@ -117,7 +150,8 @@ class Bench:
 def span_of(hierarchy_depth: int, way: str) -> tuple[int, int]:
     """(in order, dependent) of a step at D, counted on a small family: it does not depend on the blocks."""
     bench = Bench(ResMlpConfig(width=4, hidden=4), 2, hierarchy_depth, torch.device("cpu"))
-    with counted(bench.family) as span:
+    blocks, head = (bench.network, bench.network.head) if way == BP else (bench.family.blocks, bench.family.head)
+    with counted(blocks, head) as span:
         bench.losses(way)
     return span.in_order, span.dependent
 
@@ -252,10 +286,9 @@ def main(
             rows += found
             click.echo(f"{model}, D={depth}: " + ", ".join(f"{row.way} {1e3 * row.step_s:.1f} ms" for row in found))
     out.mkdir(parents=True, exist_ok=True)
-    threads_of = f"{machine}, {device}" + (
-        (", one thread's CPU time" if threads == 1 else f", {threads} threads") if device == "cpu" else ""
-    )
-    write_atomically(out / "training.md", markdown(rows, rounds, threads_of).encode())
+    place = device if device == "cuda" else "one thread's CPU time" if threads == 1 else f"{threads} CPU threads"
+    where = f"{machine}, {place}"
+    write_atomically(out / "training.md", markdown(rows, rounds, where).encode())
     write_atomically(out / "training.csv", _csv(rows).encode())
-    plot(rows, f"A training step on {threads_of}", out / "training.png")
+    plot(rows, f"A training step on {where}", out / "training.png")
     click.echo(f"wrote training.md, training.csv and training.png in {out}")

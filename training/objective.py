@@ -94,7 +94,8 @@ def hbll_step(
             posteriors.append(posterior.flatten(0, 1))
         if level > 0:
             level_states = states[nodes.start : nodes.stop : nodes.step]
-            level_states.copy_(team.gather(torch.cat(posteriors)).view_as(level_states))
+            ours = torch.cat(posteriors) if len(posteriors) > 1 else posteriors[0]
+            level_states.copy_(team.gather(ours).view_as(level_states))
     return Step(total, hbll_evaluations(tree) * batch)
 
 
