@@ -13,6 +13,7 @@ depend on its number of ranks, but for the order of floating-point sums. Nothing
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PATIENCE = timedelta(minutes=10)
@@ -64,33 +66,35 @@ class Team:
         return self.size // self.tree_ranks
 
     def rows(self, batch: int) -> slice:
-        """This rank's share of a batch of so many rows, a multiple of the team's size."""
+        """This rank's share of a batch of so many rows, a multiple of `data_ranks`."""
         share = batch // self.data_ranks
         first = self.rank // self.tree_ranks * share
         return slice(first, first + share)
 
     def share(self, nodes: range, rows: int) -> tuple[range, slice]:
-        """This rank's nodes of a level, and its rows of them, out of the `rows` that its tree works on.
-
-        In the order of ranks, the shares are equal and consecutive pieces of the level's `(nodes, rows)`.
-        """
+        """This rank's nodes of a level, and its rows of them (maybe none), out of the `rows` that its tree works on."""
         index = self.rank % self.tree_ranks
-        if len(nodes) >= self.tree_ranks:
-            count = len(nodes) // self.tree_ranks
-            return nodes[index * count : (index + 1) * count], slice(0, rows)
-        sharers = self.tree_ranks // len(nodes)
+        count = max(1, len(nodes) // self.tree_ranks)
+        sharers = self._sharers(len(nodes))
         node, part = divmod(index, sharers)
-        return nodes[node : node + 1], slice(part * rows // sharers, (part + 1) * rows // sharers)
+        most = math.ceil(rows / sharers)
+        return nodes[node * count : (node + 1) * count], slice(min(part * most, rows), min((part + 1) * most, rows))
 
-    def gather(self, states: Tensor) -> Tensor:
-        """All states of a level, `(nodes * rows, ...)`, from every rank's share of them, flattened in the same way."""
+    def gather(self, states: Tensor, nodes: int, rows: int) -> Tensor:
+        """All states of a level, `(nodes, rows, ...)`, from every rank's share of them, `(its nodes, its rows, ...)`."""
         if self.group is None:
             return states
-        self.traffic.gathered += states.nbytes
-        whole = states.new_empty((self.tree_ranks * len(states), *states.shape[1:]))
+        sharers = self._sharers(nodes)
+        ours = F.pad(states, (0, 0) * (states.ndim - 2) + (0, math.ceil(rows / sharers) - states.shape[1])).contiguous()
+        self.traffic.gathered += ours.nbytes
+        whole = ours.new_empty((self.tree_ranks * len(ours), *ours.shape[1:]))
         with self._talking():
-            dist.all_gather_into_tensor(whole, states, group=self.group)
-        return whole
+            dist.all_gather_into_tensor(whole, ours, group=self.group)
+        return whole.view(nodes, sharers * ours.shape[1], *ours.shape[2:])[:, :rows]
+
+    def _sharers(self, nodes: int) -> int:
+        """How many ranks divide the rows of one node of a level of so many nodes; both are powers of two."""
+        return max(1, self.tree_ranks // nodes)
 
     def sum(self, gradients: Tensor, loss: Tensor) -> Tensor:
         """Turn `gradients` of all ranks' shares, in place, into those of the whole batch; return the loss of that, too.

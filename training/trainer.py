@@ -152,7 +152,7 @@ def train(
 
 
 def _require_divisible(settings: TrainConfig, team: Team) -> None:
-    """Ranks take equal shares of every step, so that it does not matter how many they are."""
+    """Ranks take equal shares of a batch, so that it does not matter how many they are."""
     if team.size == 1:
         return
     ways = METHODS[settings.method].divided_by
@@ -164,8 +164,8 @@ def _require_divisible(settings: TrainConfig, team: Team) -> None:
             f"method {settings.method} runs the blocks of a path one after the other, so ranks cannot divide a level of "
             f"the tree among them: leave --tree-ranks at 1, which divides the batch, or take --method {able}"
         )
-    if settings.batch % team.size:
-        raise ConfigError(f"train.batch must be a multiple of the {team.size} ranks, got {settings.batch}")
+    if settings.batch % team.data_ranks:
+        raise ConfigError(f"{team.data_ranks} ranks cannot divide train.batch {settings.batch}: choose a multiple")
 
 
 def _board(run: Path, progress: Progress, team: Team) -> AbstractContextManager[SummaryWriter | None]:
