@@ -8,9 +8,10 @@ A model of what `training.distributed` does, not a measurement; nobody has run i
   these divide the rows. A row cannot be divided, so data alone occupy at most as many devices as the batch has rows.
 - A collective over R ranks takes a latency for each of log2(R) rounds (an all-reduce: twice), and moves the payload times
   (R-1)/R (an all-reduce: twice) at the bandwidth of one link. Nothing overlaps; embedding, head and optimizer are free.
-- Every rank holds all weights and all gradients are summed, as implemented (`summed`). `owned` is what could be: each rank
-  keeps the optimizer state of a consecutive piece of the nodes, and only gradients and weights of the blocks at its two
-  ends go to a neighbour in the tree. That is not implemented.
+- Every rank holds all weights, and all gradients are summed, as implemented. `owned` is what could be, and is not
+  implemented: each of the T ranks trains a consecutive piece of the nodes alone. Only blocks that are right parents of
+  others' nodes send gradients to their owner, and get new weights back: T-1 blocks, the busiest of which, node N/2, has
+  such children on log2(T) ranks.
 """
 
 from __future__ import annotations
@@ -90,11 +91,13 @@ def hbll_step(job: Job, link: Link, data_ranks: int, tree_ranks: int, *, owned: 
     if not owned or tree_ranks == 1:
         payload = _gradient_bytes(job)
         return StepTime(compute, gather, _all_reduce_s(payload, data_ranks * tree_ranks, link), gathered, payload)
-    # A piece's gradients are summed over the trees; those of the blocks at its ends go to a neighbour, and weights back.
+    # A piece's gradients are summed over the trees; those for others' blocks go to their owners, and weights come back.
     of_block = job.block_parameters * FLOAT_BYTES
     piece = _gradient_bytes(job) / tree_ranks
-    ends = 4 * (link.latency_s + of_block / link.bytes_per_s)
-    return StepTime(compute, gather, _all_reduce_s(piece, data_ranks, link) + ends, gathered, piece + 4 * of_block)
+    messages = 2 * math.log2(tree_ranks)
+    exchange = messages * (link.latency_s + of_block / link.bytes_per_s)
+    summed = piece + messages * of_block
+    return StepTime(compute, gather, _all_reduce_s(piece, data_ranks, link) + exchange, gathered, summed)
 
 
 def _gradient_bytes(job: Job) -> float:
@@ -108,7 +111,8 @@ def _all_reduce_s(payload: float, ranks: int, link: Link) -> float:
 def table(job: Job, link: Link, most: int) -> str:
     """Markdown: for 1, 2, 4 .. `most` devices, a step's milliseconds; HBLL's are those of its best data x tree."""
     lines = [
-        "| devices | BP | HBLL, data alone | HBLL | data x tree | compute + gather + sum | HBLL, owned | BP / HBLL | BP / owned |",
+        "| devices | BP | HBLL, data alone | HBLL | data x tree | compute + gather + sum | HBLL, owned | BP / HBLL "
+        "| BP / owned |",
         "|--:|" + "--:|" * 8,
     ]
     for power in range(most.bit_length()):
@@ -127,8 +131,8 @@ def table(job: Job, link: Link, most: int) -> str:
         owned = min(hbll_step(job, link, *ways, owned=True).total_s for ways in splits)
         parts = " + ".join(_ms(part) for part in (best.compute_s, best.gather_s, best.sum_s))
         lines.append(
-            f"| {devices:,} | {_ms(bp.total_s)} | {_ms(data.total_s)} | {_ms(best.total_s)} | {split[0]} x {split[1]} | {parts} "
-            f"| {_ms(owned)} | {bp.total_s / best.total_s:.2f} | {bp.total_s / owned:.2f} |"
+            f"| {devices:,} | {_ms(bp.total_s)} | {_ms(data.total_s)} | {_ms(best.total_s)} | {split[0]} x {split[1]} "
+            f"| {parts} | {_ms(owned)} | {bp.total_s / best.total_s:.2f} | {bp.total_s / owned:.2f} |"
         )
     return "\n".join(lines)
 
