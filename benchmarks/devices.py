@@ -41,7 +41,7 @@ class Job:
     @property
     def blocks(self) -> int:
         """N-1."""
-        return 2**self.hierarchy_depth - 1
+        return (1 << self.hierarchy_depth) - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ class Span(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.in_order = self.dependent = 0
         self._free: dict[Unit, int] = {"blocks": 0, "head": 0}
         # By storage, which is kept alive so that its address stays its own: (in order, dependent) times of its content.
@@ -50,7 +50,7 @@ class Span(TorchDispatchMode):
 
     def evaluated(self, output: Tensor, unit: Unit) -> Tensor:
         """Count one evaluation forward, and one backward when a gradient comes; returns `output`, marked."""
-        marked: Tensor = _Mark.apply(output, self, unit)
+        marked: Tensor = _Mark.apply(output, self, unit)  # type: ignore[no-untyped-call]
         return marked
 
     def count(self, tensor: Tensor, unit: Unit) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
 from benchmarks.span import counted
+from training.blocks import Weights
 from training.checkpoint import write_atomically
 from training.config import ModelConfig, ResMlpConfig, VitConfig
 from training.distributed import gradient_buffer
@@ -63,13 +64,15 @@ class _Network(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
-        self.embed, self.head, self.run = family.embed, family.head, family.blocks.run
+        self.embed: nn.Module = family.embed
+        self.head: nn.Module = family.head
+        self.run: Callable[[Weights, Tensor], Tensor] = family.blocks.run
         stacks = dict(family.blocks.named_parameters())
         self.weights = nn.ModuleList(
             nn.ParameterDict({name: nn.Parameter(stack[block].detach().clone()) for name, stack in stacks.items()})
             for block in range(family.blocks.count)
         )
-        self.blocks = [dict(weights.items()) for weights in self.weights]
+        self.blocks: list[Weights] = [dict(weights.named_parameters()) for weights in self.weights]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, `(batch, classes)`."""

@@ -89,7 +89,7 @@ class Team:
         self.traffic.gathered += ours.nbytes
         whole = ours.new_empty((self.tree_ranks * len(ours), *ours.shape[1:]))
         with self._talking():
-            dist.all_gather_into_tensor(whole, ours, group=self.group)
+            dist.all_gather(list(whole.chunk(self.tree_ranks)), ours, group=self.group)
         return whole.view(nodes, sharers * ours.shape[1], *ours.shape[2:])[:, :rows]
 
     def _sharers(self, nodes: int) -> int:
