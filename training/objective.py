@@ -80,8 +80,8 @@ def hbll_step(
         if noise and level > 0:  # drawn for all rows and nodes, so that it does not depend on who takes which
             eps = torch.randn((len(nodes), batch * team.data_ranks, *states.shape[2:]), generator=generator)
             eps = eps[:, team.rows(eps.shape[1])].to(states.device)
-        ours = states.new_empty((len(mine), rows.stop - rows.start, *states.shape[2:]))
-        for part in _parts(mine, at_once or len(mine)) if ours.numel() else ():
+        posteriors = []
+        for part in _parts(mine, at_once or len(mine)) if rows.stop > rows.start else ():
             leaf, loss = _local_losses(family, part, embedded[rows], states[:, rows], y[rows], batch, over_features)
             total += loss
             if level == 0:  # nobody reads the states of leaves
@@ -91,9 +91,9 @@ def hbll_step(
             if noise:
                 first = nodes.index(part[0])
                 posterior = posterior + noise / 2**0.5 * eps[first : first + len(part), rows]
-            first = mine.index(part[0])
-            ours[first : first + len(part)] = posterior
+            posteriors.append(posterior)
         if level > 0:
+            ours = torch.cat(posteriors) if posteriors else states[:1, rows]  # none of the rows
             states[nodes.start : nodes.stop : nodes.step] = team.gather(ours, len(nodes), batch)
     return Step(total, hbll_evaluations(tree) * batch)
 

@@ -1,4 +1,4 @@
-"""One rank of a team, as a process: `python -m tests.training.ranks CONFIG OUT TREE_RANKS`; the first prints all losses."""
+"""One rank of a team, as a process: `python -m tests.training.ranks CONFIG OUT TREE_RANKS`; the first tells what was seen."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import torch
 
 from training.config import load_config
 from training.data import load_digits
-from training.distributed import join
+from training.distributed import TeamError, join
 from training.trainer import train
 
 config, out, tree_ranks = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -16,5 +16,11 @@ torch.set_num_threads(1)
 losses: list[float] = []
 with join("cpu", tree_ranks) as team:
     train(load_config(config), out, load_digits(4), lambda report: losses.append(report.loss), team=team)
+    complaint = ""
+    try:
+        team.require_agreement(team.rank, "number")
+    except TeamError as exc:
+        complaint = str(exc)
     if team.leads:
-        json.dump({"losses": losses, "summed": team.traffic.summed, "gathered": team.traffic.gathered}, sys.stdout)
+        traffic = {"summed": team.traffic.summed, "gathered": team.traffic.gathered}
+        json.dump(traffic | {"losses": losses, "complaint": complaint}, sys.stdout)

@@ -74,6 +74,7 @@ def test_ranks_give_the_losses_of_one_process(
     found = json.loads("".join(out for out, _ in outputs))  # one rank alone talks
     assert len(alone) >= STEPS - 15  # chains are of random length
     assert found["losses"] == pytest.approx(alone, abs=1e-5)
+    assert found["complaint"] == f"all ranks must have the same number, got {list(range(size))} in the order of ranks"
     _, family, progress = load_family(tmp_path / "run")
     assert progress == load_family(tmp_path / "alone")[2]
     # What docs/parallel.md derives: all gradients and the loss; of D = 3, a half of the root's states and of level 1's two.
