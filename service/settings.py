@@ -14,6 +14,8 @@ from service.policy import DEFAULT_POLICY, check_policy_name
 from service.version_policy import Versions
 
 _PREFIX = "HBLL_"
+_CLIENTS_PREFIX = "HBLL_CLIENT_"
+"""For `hbll predict`, which may be used where a server starts."""
 
 
 def spare_cores() -> int:
@@ -114,7 +116,13 @@ class Settings(BaseSettings, ModelSettings):
     @model_validator(mode="after")
     def _knows_all_variables(self) -> Settings:
         known = {_PREFIX + name.upper() for name in type(self).model_fields}
-        unknown = sorted(name for name in os.environ if name.upper().startswith(_PREFIX) and name.upper() not in known)
+        unknown = sorted(
+            name
+            for name in os.environ
+            if name.upper().startswith(_PREFIX)
+            and name.upper() not in known
+            and not name.upper().startswith(_CLIENTS_PREFIX)
+        )
         if unknown:
             raise ValueError(f"unknown variable {', '.join(unknown)}: expected some of {', '.join(sorted(known))}")
         return self

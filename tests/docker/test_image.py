@@ -37,12 +37,12 @@ def test_the_container_serves_as_a_numbered_user_and_hears_sigterm() -> None:
 
 def test_only_what_the_wheel_is_made_of_enters_a_build(tmp_path: Path) -> None:
     """A tree with everything that lies about in one; new folders stay out until `.dockerignore` names them."""
-    kept = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "hbll.py", "docker/install.sh"}
-    kept |= {f"{package}/__init__.py" for package in ("family", "training", "export", "service")}
+    kept = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "docker/install.sh"}
+    kept |= {f"{package}/__init__.py" for package in ("family", "training", "export", "service", "hbll")}
     kept |= {"training/configs/digits.toml", "service/deeper/module.py"}
     left = {".git/HEAD", ".env", "Makefile", "docker/Dockerfile", "docker/rehearse.py", "models/digits/1/weights.bin"}
     left |= {"runs/a/checkpoint.safetensors", "tests/conftest.py", ".venv/bin/python", "service/__pycache__/app.pyc"}
-    left |= {"training/deep/__pycache__/a.pyc", "family.txt", "sub/hbll.py"}
+    left |= {"training/deep/__pycache__/a.pyc", "family.txt", "hbll.py", "sub/hbll/cli.py"}
     for name in kept | left:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -53,7 +53,7 @@ def test_only_what_the_wheel_is_made_of_enters_a_build(tmp_path: Path) -> None:
 def test_what_the_build_needs_is_there() -> None:
     files = {path.as_posix() for path in rehearse.context_files(ROOT)}
     assert {
-        "hbll.py",
+        "hbll/cli.py",
         "service/app.py",
         "family/tree.py",
         "docker/install.sh",

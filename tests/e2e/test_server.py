@@ -43,6 +43,15 @@ def test_predict_asks_a_running_server(server: LiveServer, image: Path) -> None:
     assert done.stdout.count("digit.png") == 2
 
 
+def test_predict_shows_a_stream_rung_by_rung(server: LiveServer, image: Path) -> None:
+    done = hbll("predict", image, "--url", server.url, "--stream")
+    assert done.returncode == 0, done.stderr
+    climb = httpx.get(f"{server.url}/v1/models/digits").json()["climb"]
+    shown = [line.rpartition("path ")[2] for line in done.stdout.splitlines() if line.startswith("digit.png: ")]
+    assert shown == climb
+    assert "digits version 1" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -48,6 +48,11 @@ def test_a_bad_value_stops_start_up_and_names_its_key(name: str, value: str, key
     assert isinstance(result.exception, SystemExit)  # no traceback
 
 
+def test_what_is_set_for_clients_is_no_setting_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HBLL_CLIENT_API_KEY", "sesame")
+    assert "sesame" not in repr(Settings())
+
+
 def test_bad_values_are_validation_errors_for_those_who_call() -> None:
     with pytest.raises(ValidationError, match=r"digits\.audit_rate"):
         Settings(per_model={"digits": {"audit_rate": -1}})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hbll import main
+from hbll.cli import main
 from tests.training.test_trainer import Killed
 from training.checkpoint import CHECKPOINT_FILE
 from training.compare import Job, choose_rates, plan, plan_tuning, run
