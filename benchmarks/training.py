@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
 from benchmarks.span import counted
-from training.blocks import Weights
+from training.blocks import StackedBlocks, Weights
 from training.checkpoint import write_atomically
 from training.config import ModelConfig, ResMlpConfig, VitConfig
 from training.distributed import gradient_buffer
@@ -64,6 +64,7 @@ class _Network(nn.Module):
 
     def __init__(self, family: Family) -> None:
         super().__init__()
+        assert isinstance(family.blocks, StackedBlocks)
         self.embed: nn.Module = family.embed
         self.head: nn.Module = family.head
         self.run: Callable[[Weights, Tensor], Tensor] = family.blocks.run

@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": _Entry("service.cli", "inspect", "cpu", "Show what is in a bundle."),
     "verify": _Entry("export.cli", "verify", "export,train,cpu", "Compare all graphs of a bundle, and the checkpoint."),
     "serve": _Entry("service.cli", "serve", "cpu", "Serve a folder of models over HTTP."),
+    "keys": _Entry("service.keys_cli", "keys", "cpu", "Make, list and remove API keys."),
     "predict": _Entry("hbll.predict", "predict", "cpu", "Ask a running server about an image."),
     "simulate": _Entry("benchmarks.simulate", "main", "cpu,train", "Compare scheduling policies in simulated time."),
     "bench": _Entry("benchmarks.bench", "main", "cpu,train", "Compare scheduling policies on real servers."),

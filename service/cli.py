@@ -2,75 +2,69 @@
 
 from __future__ import annotations
 
-import logging
 import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 import uvicorn
-from pydantic import ValidationError
-from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.table import Table
+from uvicorn.config import STARTUP_FAILURE
 
 from family.manifest import WEIGHTS_FILE, BundleError, Manifest, check_files, load_manifest
 from family.tree import format_path
 from service.app import create_app
+from service.flags import others, settings_flags
+from service.keyring import KeysError
+from service.listener import BadCertificate, server_config
+from service.logs import configure_logs
 from service.memory import PARAMETER_BYTES
-from service.settings import Settings
+from service.oip.rpc.port import GrpcError
+from service.sources import WrongSettings, load_settings
 
 console = Console()
 
-_DRAIN_S = 10
-"""How long a server that is told to end waits for its clients."""
 
-
-@click.command()
+@click.command(
+    epilog=f"Every setting is also a variable, HBLL_ and its name in capitals, and a key of the file. Without a flag are "
+    f"{others()}."
+)
 @click.argument("models", type=click.Path(path_type=Path), required=False)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of one inference.  [default: all cores but one]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), help="Where models run.  [default: auto]")
-def serve(models: Path | None, host: str, port: int, threads: int | None, device: str | None) -> None:
+@settings_flags
+@click.option("--show-config", is_flag=True, help="Print all settings as a file of them, with where each is from, and end.")
+def serve(show_config: bool, **flags: Any) -> None:
     """Serve the model repository MODELS, a folder of MODEL/VERSION/ bundles (default: models).
 
     Of each model the highest version is served (see HBLL_VERSIONS); versions that come or go later are followed without
-    a gap. Every other setting comes from the environment:
-
-    \b
-      HBLL_POLICY, HBLL_MIN_DEPTH, HBLL_DEFAULT_LATENCY_BUDGET_MS, HBLL_AUDIT_RATE, HBLL_VERSIONS
-          for all models; HBLL_PER_MODEL='{"digits": {"min_depth": 2}}' for single ones
-      HBLL_MAX_BATCH, HBLL_MAX_QUEUE_ROWS, HBLL_MAX_REQUEST_ROWS
-      HBLL_MAX_BODY_BYTES, HBLL_MAX_IMAGE_PIXELS
-      HBLL_RESERVE_MS   kept back from every budget to send the answer
-      HBLL_POLL_S       how often versions that have come or gone are looked for; 0: never
-      HBLL_CACHE_DIR    where measured latencies are kept
+    a gap. Settings are flags, HBLL_* variables and keys of a TOML file, in this order; docs/settings.md lists them.
 
     \b
     Examples:
       hbll serve models --port 8000
+      HBLL_MIN_DEPTH=2 hbll serve --config hbll.toml --show-config
       curl localhost:8000/v1/models
     """
-    given: dict[str, Any] = {"models": models, "threads": threads, "device": device}
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        settings = Settings(**{key: value for key, value in given.items() if value is not None})
-        app = create_app(settings)
-    except ValidationError as exc:
-        problems = "; ".join(
-            ": ".join([*filter(None, [".".join(map(str, error["loc"]))]), error["msg"].removeprefix("Value error, ")])
-            for error in exc.errors()
-        )
-        raise click.ClickException(f"wrong setting: {problems}") from exc
-    except SettingsError as exc:  # no JSON where it should be
-        raise click.ClickException(f"wrong setting: {exc}: {exc.__cause__}") from exc
-    except BundleError as exc:
+        sourced = load_settings({key: value for key, value in flags.items() if value is not None})
+        settings = sourced.settings
+        if show_config:
+            click.echo(sourced.as_toml(), nl=False)
+            return
+        configure_logs(settings.log_format)
+        server = uvicorn.Server(server_config(create_app(settings), settings))
+    except WrongSettings as exc:
+        raise click.ClickException(f"wrong setting: {exc}") from exc
+    except (BundleError, GrpcError, KeysError, BadCertificate) as exc:
         raise click.ClickException(str(exc)) from exc
     # uvicorn drains on SIGTERM and then raises it once more, for whoever handled it before: a normal end has status 0.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.run(app, host=host, port=port, access_log=False, timeout_graceful_shutdown=_DRAIN_S)
+    with suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        sys.exit(STARTUP_FAILURE)
 
 
 @click.command()

@@ -68,10 +68,11 @@ def test_only_the_runtime_knows_onnxruntime() -> None:
     assert knowing == ["runtime.py"]
 
 
-def test_the_kernel_needs_pydantic_at_most() -> None:
+def test_the_kernel_needs_pydantic_and_for_pixels_numpy_and_pillow_at_most() -> None:
     for file in (ROOT / "family").glob("*.py"):
         third_party = imported(file) - set(sys.stdlib_module_names) - OURS
-        assert third_party <= ({"pydantic"} if file.name == "manifest.py" else set()), file
+        allowed = {"manifest.py": {"pydantic"}, "pixels.py": {"numpy", "PIL"}}
+        assert third_party <= allowed.get(file.name, set()), file
 
 
 def test_the_client_needs_httpx_anyio_and_numpy_and_pil_only_for_who_has_its_images() -> None:

@@ -17,4 +17,5 @@ def test_the_wheel_holds_the_command_line_and_all_packages(tmp_path: Path) -> No
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"hbll/cli.py", "family/tree.py", "training/configs/digits.toml", "export/graph.py", "service/app.py"} <= names
     assert {f"{package}/py.typed" for package in ("family", "training", "export", "service", "benchmarks", "hbll")} <= names
+    assert {"service/oip/rpc/stubs/open_inference.proto", "service/oip/rpc/stubs/open_inference_pb2.py"} <= names
     assert not any(name.startswith(("tests/", "runs/", "models/")) for name in names)

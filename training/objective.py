@@ -200,7 +200,7 @@ def contrastive_step(family: Family, path: Path, x: Tensor, y: Tensor) -> Step:
     total = x.new_zeros(())
     for layer, node in enumerate(path):
         state = family.blocks.at(node, state)
-        features = state.mean(dim=1) if state.ndim == 3 else state
+        features = state.mean(dim=1) if state.ndim == 3 else state.flatten(1)
         first, last = CONTRAST_MARGINS
         loss = contrastive_loss(features, y, first + (last - first) * layer / max(1, len(path) - 1))
         loss.backward()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from service.cli import _DRAIN_S
+from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -77,7 +77,7 @@ def test_compose_hardens_and_limits_every_container() -> None:
 
 def test_compose_waits_for_the_drain_and_leaves_the_event_loop_a_core() -> None:
     server = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["server"]
-    assert int(server["stop_grace_period"].removesuffix("s")) > _DRAIN_S
+    assert int(server["stop_grace_period"].removesuffix("s")) > Settings.model_fields["drain_s"].default
     assert int(server["environment"]["HBLL_THREADS"]) + 1 == int(server["deploy"]["resources"]["limits"]["cpus"])
 
 

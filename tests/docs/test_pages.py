@@ -9,17 +9,17 @@ from PIL import Image
 
 from tests.conftest import LiveServer
 from tests.docs.page import Block, read_blocks, run_page
-from training.data import Digits
+from training.dataset import Dataset
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("name", ["call.md"])
 def test_every_block_of_a_page_runs(
-    name: str, server: LiveServer, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, server: LiveServer, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "runs" / "digits").mkdir(parents=True)
-    image = Image.fromarray((digits.test.images[0].numpy() * 255).astype("uint8"))
+    image = Image.fromarray((digits.test.x[0].numpy() * 255).astype("uint8"))
     image.save(tmp_path / "runs" / "digits" / "sample.png")
     monkeypatch.chdir(tmp_path)
     assert run_page(DOCS / name, tmp_path, {"localhost:8000": server.url.removeprefix("http://")}) > 0

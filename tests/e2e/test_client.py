@@ -21,7 +21,7 @@ from PIL import Image
 from hbll.client import Answer, AsyncClient, Client, DeadlineExceeded, InvalidRequest, NotServed, Rung, Unavailable
 from tests.conftest import LiveServer
 from tests.e2e.test_streaming import HeldServer
-from training.data import Digits
+from training.dataset import Dataset
 
 FAKE = np.float32([[0.1, 0], [0, 0]])
 """A row of the held server's model, which all of its climb leaves unsure."""
@@ -34,8 +34,8 @@ def client(server: LiveServer) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def images(digits: Digits) -> np.ndarray:
-    return digits.test.images[:6].numpy()
+def images(digits: Dataset) -> np.ndarray:
+    return digits.test.x[:6].numpy()
 
 
 @pytest.fixture

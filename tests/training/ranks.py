@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from training.config import load_config
-from training.data import load_digits
+from training.digits import load_digits
 from training.distributed import TeamError, join
 from training.trainer import train
 

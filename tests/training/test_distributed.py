@@ -17,7 +17,7 @@ import pytest
 from family.tree import Tree
 from training.checkpoint import CHECKPOINT_FILE, load_family
 from training.config import ConfigError, MlpConfig, ResMlpConfig, RunConfig, TrainConfig, dump_config
-from training.data import Digits
+from training.dataset import Dataset
 from training.distributed import Team, TeamError, join
 from training.trainer import Report, train
 
@@ -62,7 +62,7 @@ def _process(*arguments: str, environment: dict[str, str] | None = None) -> subp
     ids=["tree", "data, by torchrun", "tree and data"],
 )
 def test_ranks_give_the_losses_of_one_process(
-    tmp_path: Path, digits: Digits, config: RunConfig, size: int, tree_ranks: int, start: object
+    tmp_path: Path, digits: Dataset, config: RunConfig, size: int, tree_ranks: int, start: object
 ) -> None:
     file = tmp_path / "config.toml"
     file.write_text(dump_config(config))
@@ -84,7 +84,7 @@ def test_ranks_give_the_losses_of_one_process(
     assert found["gathered"] == (len(alone) * 4 * FEATURES * (math.ceil(rows / 2) + rows) if tree_ranks > 1 else 0)
 
 
-def test_a_lost_rank_ends_the_job_which_goes_on_with_another_number_of_ranks(tmp_path: Path, digits: Digits) -> None:
+def test_a_lost_rank_ends_the_job_which_goes_on_with_another_number_of_ranks(tmp_path: Path, digits: Dataset) -> None:
     """A real SIGKILL to one of two ranks of `hbll train`: the other says so and ends; one process takes over."""
     # Long enough that a rank can be killed in it, with a checkpoint every twenty steps.
     config = _config("hbll", 32, 11, budget=240, evaluations=100)
@@ -150,7 +150,7 @@ def test_the_rows_of_a_batch_go_to_trees_of_ranks() -> None:
     ],
 )
 def test_what_ranks_cannot_divide_is_refused(
-    tmp_path: Path, digits: Digits, settings: dict[str, object], team: Team, complaint: str
+    tmp_path: Path, digits: Dataset, settings: dict[str, object], team: Team, complaint: str
 ) -> None:
     config = RunConfig(model=MlpConfig(width=8), train=TrainConfig.model_validate(settings))
     with pytest.raises(ConfigError, match=complaint):
