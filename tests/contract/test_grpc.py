@@ -39,7 +39,7 @@ WISHES: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module")
 def images(digits: Dataset) -> np.ndarray:
-    return digits.test.images[:4].numpy()
+    return digits.test.x[:4].numpy()
 
 
 @pytest.fixture(scope="module")

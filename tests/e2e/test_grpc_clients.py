@@ -44,7 +44,7 @@ def address(server: LiveServer) -> str:
 
 @pytest.fixture(scope="module")
 def images(digits: Dataset) -> np.ndarray:
-    return digits.test.images[:6].numpy()
+    return digits.test.x[:6].numpy()
 
 
 @pytest.fixture(scope="module")
