@@ -103,7 +103,7 @@ def test_steps_are_counted_as_the_trainer_takes_them(tmp_path: Path, centred: Da
 
 
 def test_views_of_an_image_are_shifted_apart_and_keep_its_label(
-    tmp_path: Path, centred: Dataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = []
 
@@ -113,7 +113,7 @@ def test_views_of_an_image_are_shifted_apart_and_keep_its_label(
 
     monkeypatch.setitem(METHODS, "cffm", replace(METHODS["cffm"], step=keep))
     settings = _settings("cffm", blocks=1, batch=50, budget=0.03, evaluations=1)
-    train(RunConfig(model=ResMlpConfig(width=4), train=settings), tmp_path, centred, lambda _: None)
+    train(RunConfig(model=ResMlpConfig(width=4), train=settings), tmp_path, digits, lambda _: None)
     (x, y), *_ = batches
     assert (len(x), len(y)) == (100, 100)
     assert torch.equal(y[:50], y[50:])
