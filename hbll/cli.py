@@ -28,6 +28,7 @@ COMMANDS = {
     "predict": _Entry("hbll.predict", "predict", "cpu", "Ask a running server about an image."),
     "simulate": _Entry("benchmarks.simulate", "main", "cpu,train", "Compare scheduling policies in simulated time."),
     "bench": _Entry("benchmarks.bench", "main", "cpu,train", "Compare scheduling policies on real servers."),
+    "bench-training": _Entry("benchmarks.training", "main", "train", "Time, span and memory of a step of HBLL and of BP."),
 }
 
 

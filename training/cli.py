@@ -16,6 +16,7 @@ from training.checkpoint import CheckpointError, Weights, load_family
 from training.config import ConfigError, MethodName, RunConfig, dump_config, load_config, parse_override
 from training.custom import import_factory
 from training.dataset import DataError, Dataset
+from training.distributed import TeamError, join
 from training.evaluate import METRICS_FILE, measure, write_metrics
 from training.methods import METHODS, steps_of, trained_paths
 from training.model import Factory, Family, build_family
@@ -111,6 +112,10 @@ weights_option = click.option(
 @click.option("--download", is_flag=True, help="Fetch the files of mnist, cifar10 or cifar100 that are not there.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration, the model's size and the work, and exit.")
 @factory_option
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where steps run.")
+@click.option(
+    "--tree-ranks", type=int, default=1, show_default=True, help="Ranks that divide the nodes of a level among them."
+)
 @_threads
 def train(
     config: Path | None,
@@ -125,6 +130,8 @@ def train(
     download: bool,
     dry_run: bool,
     factory: Factory | None,
+    device: str,
+    tree_ranks: int,
     threads: int,
 ) -> None:
     """Train a family of subnetworks that share one set of weights.
@@ -132,11 +139,16 @@ def train(
     The folder --out gets config.json, checkpoint.safetensors, log.csv, TensorBoard events and, at the end,
     metrics.json and plots. A killed run goes on with --resume.
 
+    Started by torchrun, all its ranks train one family: they divide the batch among them, or with --tree-ranks (methods
+    hbll and hbll-paper) the nodes of every level, or both. The result does not depend on their number, and a run can go
+    on with another one. docs/parallel.md tells what to expect.
+
     \b
     Examples:
       hbll train
       hbll train --method bp --blocks 3 --budget 90 --out runs/bp3
       hbll train --config training/configs/mlp.toml --out runs/mlp
+      torchrun --nproc-per-node 2 -m hbll train --method hbll --tree-ranks 2 --out runs/both
       hbll train --config training/configs/resmlp.toml --set model.width=96 --set train.lr=2e-3 --dry-run
     """
     flags = {"method": method, "blocks": blocks, "hbll_share": hbll_share, "seed": seed, "budget": budget}
@@ -151,9 +163,12 @@ def train(
         if dry_run:
             _describe(run, family, data)
             return
-        family = train_with_bar(run, out, data, family=family, resume=resume)
-    except (ConfigError, CheckpointError, DataError, ShapeError, TrainingDiverged, ValueError) as exc:
+        with join(device, tree_ranks) as team:
+            family = train_with_bar(run, out, data, family=family, resume=resume, team=team)
+    except (ConfigError, CheckpointError, DataError, ShapeError, TeamError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
+    if not team.leads:
+        return
     plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
     _report(run, family, data, out)
 

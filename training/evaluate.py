@@ -32,13 +32,13 @@ def path_logits(family: Family, images: Tensor, paths: Iterable[Path]) -> dict[P
 
     def walk(prefix: Path, state: Tensor, below: Sequence[Path]) -> None:
         if below and below[0] == prefix:
-            logits[prefix] = family.head(state)
+            logits[prefix] = family.head(state).cpu()
             below = below[1:]
         for node in dict.fromkeys(path[len(prefix)] for path in below):
             branch = [path for path in below if path[len(prefix)] == node]
             walk((*prefix, node), family.blocks.at(node, state), branch)
 
-    walk((), family.embed(images), wanted)
+    walk((), family.embed(images.to(next(family.parameters()).device)), wanted)
     return logits
 
 

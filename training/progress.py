@@ -12,6 +12,7 @@ from family.choice import best_by_depth
 from training.config import ConfigError, RunConfig
 from training.data_config import DataConfig, PublishedConfig
 from training.dataset import Dataset
+from training.distributed import ALONE, Team
 from training.evaluate import PathScore
 from training.model import Family
 from training.published import download
@@ -21,9 +22,16 @@ console = Console()
 
 
 def train_with_bar(
-    run: RunConfig, out: Path, data: Dataset, *, family: Family | None = None, resume: bool = False
+    run: RunConfig,
+    out: Path,
+    data: Dataset,
+    *,
+    family: Family | None = None,
+    resume: bool = False,
+    team: Team = ALONE,
 ) -> Family:
-    """As `training.trainer.train`, with a bar on a terminal and a line for each validation elsewhere."""
+    """As `training.trainer.train`, with a bar on a terminal and a line for each validation elsewhere; the first rank of a
+    team shows them."""
     columns = (
         TextColumn("[bold]training"),
         BarColumn(bar_width=24),
@@ -33,7 +41,7 @@ def train_with_bar(
         TimeRemainingColumn(),
         TextColumn("loss {task.fields[loss]} | validation {task.fields[accuracy]}"),
     )
-    with Progress(*columns, console=console, refresh_per_second=4) as bar:
+    with Progress(*columns, console=console, refresh_per_second=4, disable=not team.leads) as bar:
         task = bar.add_task("training", total=1.0, loss="-", accuracy="-")
 
         def on_step(report: Report) -> None:
@@ -46,7 +54,7 @@ def train_with_bar(
                 if not console.is_terminal:
                     console.print(f"step {report.step} ({report.share:.0%}): loss {report.loss:.3f}, validation {line}")
 
-        return train(run, out, data, on_step, family=family, resume=resume)
+        return train(run, out, data, on_step, family=family, resume=resume, team=team)
 
 
 def download_with_bar(data: DataConfig) -> None:
