@@ -174,6 +174,14 @@ class StreamEnd(_Schema):
     total_ms: float
 
 
+def _event(name: str, model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a server-sent event; models within `model` are those of the document."""
+    content = model.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
+    content.pop("$defs", None)
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    return {"type": "object", "properties": {"event": {"const": name}, "data": data}, "required": ["event", "data"]}
+
+
 class ModelSummary(_Schema):
     """A served model in one version."""
 
@@ -351,3 +359,7 @@ class Error(BaseModel):
 
     error: str = Field(description="a sentence for people: what was expected and what came")
     code: str = Field(description="stable, for programs")
+
+
+EVENT_SCHEMA: dict[str, Any] = {"oneOf": [_event("answer", StreamAnswer), _event("end", StreamEnd), _event("error", Error)]}
+"""Of each event of a stream."""

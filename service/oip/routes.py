@@ -159,6 +159,7 @@ def index_of(ctx: Context, *, ready: bool) -> list[IndexEntry]:
 @router.post(
     "/v2/repository/models/{model}/load",
     tags=_TAGS,
+    response_class=Response,  # an empty one, as Triton answers
     responses=errors(400, 403, 404, 413, 415, 422, 500, 503),
     dependencies=[Depends(require_operator)],
     openapi_extra={"requestBody": {"content": {JSON: {"schema": LoadRequest.model_json_schema()}}}},
