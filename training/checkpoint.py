@@ -16,7 +16,7 @@ from pathlib import Path
 import safetensors
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.config import RunConfig, parse_config
 from training.model import Family, build_family
@@ -84,7 +84,7 @@ def load_run_config(run: Path) -> RunConfig:
         raise CheckpointError(f"{file} is not the configuration of a run: {exc}") from exc
 
 
-def save_checkpoint(run: Path, family: Family, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def save_checkpoint(run: Path, family: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Write weights, optimizer moments and progress as one file."""
     tensors = {_MODEL + name: tensor.detach().contiguous() for name, tensor in family.state_dict().items()}
     for name, parameter in family.named_parameters():
@@ -100,7 +100,7 @@ def save_checkpoint(run: Path, family: Family, optimizer: torch.optim.Optimizer,
     write_atomically(run / CHECKPOINT_FILE, save(tensors, metadata=metadata))
 
 
-def load_checkpoint(run: Path, family: Family, optimizer: torch.optim.Optimizer | None = None) -> Progress:
+def load_checkpoint(run: Path, family: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Progress:
     """Fill `family` (and `optimizer`) from a run's checkpoint and return its progress.
 
     Raises:

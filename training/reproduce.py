@@ -14,9 +14,10 @@ from training.checkpoint import CheckpointError
 from training.config import ConfigError
 from training.experiments.experiment import Experiment, Result, Scale, run_all
 from training.experiments.families import table1
+from training.experiments.recurrence import fig3, table6
 from training.experiments.report import write_report
 
-EXPERIMENTS: dict[str, Callable[[Scale], Experiment]] = {"table1": table1}
+EXPERIMENTS: dict[str, Callable[[Scale], Experiment]] = {"table1": table1, "table6": table6, "fig3": fig3}
 
 console = Console()
 

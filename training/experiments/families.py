@@ -37,7 +37,7 @@ class FamilyTrial(Trial):
 
     def measure(self, folder: Path, on_share: OnShare) -> list[Cell]:
         """Train with the common loop, which resumes, and score the paths that are read."""
-        data = _digits(self.config.data.shift)
+        data = digits(self.config.data.shift)
         family = train(self.config, folder, data, lambda report: on_share(report.share), resume=True)
         paths = {text: family.tree.parse(text) for reading in self.readings for text in reading.paths}
         scores = score_paths(family, data.test, paths.values())
@@ -52,7 +52,8 @@ class FamilyTrial(Trial):
 
 
 @lru_cache
-def _digits(shift: int) -> Digits:
+def digits(shift: int) -> Digits:
+    """The embedded digits, loaded once a process."""
     return load_digits(shift)
 
 
@@ -105,8 +106,8 @@ def table1(scale: Scale) -> Experiment:
         published=published.TABLE1,
         notes=(
             "BP, CFF+M and HBLL: the full path of 2^D - 1 blocks and the head, which the paper counts as 2^D layers. HBLL "
-            "is `hbll-paper`: latent losses summed over features, c = 1/4, no noise; `hbll` is our variant of it (a mean over "
-            "features, c = 1/2). Worst rung: the lowest accuracy among the ladder's paths of 1 to D blocks.",
+            "is `hbll-paper`: latent losses summed over features, c = 1/4, no noise; `hbll` is our variant of it (a mean "
+            "over features, c = 1/2). Worst rung: the lowest accuracy among the ladder's paths of 1 to D blocks.",
             "Guessed: the input layer is one more linear layer, trained by the root node's loss alone; weight decay 0.01; "
             "100 warm-up steps and a cosine to zero. CFF+M as in `training.objective.contrastive_step`, which says what "
             "was guessed there.",
