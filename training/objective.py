@@ -67,7 +67,7 @@ def hbll_step(
     embedded = family.embed(x)
     states = embedded.new_empty((tree.n, *embedded.shape))  # z_0 .. z_{N-1}, detached
     states[0] = embedded.detach()
-    total = x.new_zeros(())
+    total = embedded.new_zeros(())
     evaluations = 0
     for level in reversed(range(tree.hierarchy_depth)):
         nodes = tree.level_nodes(level)

@@ -119,6 +119,8 @@ def plot_comparison(panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, 
 
 
 def plot_rows(
+    rows: Sequence[str],
+    columns: Sequence[str],
     ours: Mapping[tuple[str, str], tuple[float, float]],
     paper: Mapping[tuple[str, str], float],
     title: str,
@@ -126,8 +128,6 @@ def plot_rows(
     file: Path,
 ) -> None:
     """A table as a picture: (row, column) -> (mean, standard error), filled; the paper's figures as hollow diamonds."""
-    rows = list(dict.fromkeys(row for row, _ in (*ours, *paper)))
-    columns = list(dict.fromkeys(column for _, column in (*ours, *paper)))
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     figure, axes = plt.subplots(figsize=(max(7, 1.1 * len(rows)), 4.8))
     for index, column in enumerate(columns):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +17,7 @@ from training.experiments.experiment import Experiment, Result, Scale, run_all
 from training.experiments.families import table1
 from training.experiments.recurrence import fig3, table6
 from training.experiments.report import write_report
+from training.trainer import TrainingDiverged
 
 EXPERIMENTS: dict[str, Callable[[Scale], Experiment]] = {"table1": table1, "table6": table6, "fig3": fig3}
 
@@ -31,8 +33,8 @@ console = Console()
 def reproduce(names: tuple[str, ...], scale: Scale, out: Path, jobs: int, threads: int) -> None:
     """Repeat experiments of the paper and set its figures beside ours.
 
-    Every experiment gets the folder OUT/NAME-SCALE with NAME.md, NAME.csv, NAME.png and its runs. Stopped, the same command
-    goes on where it was; finished runs are not run again.
+    Every experiment gets the folder OUT/NAME-SCALE with NAME.md, NAME.csv, NAME.png and its runs. Interrupted, it reports
+    what has ended; the same command goes on where it was, and finished runs are not run again.
 
     \b
     Scales:
@@ -45,28 +47,34 @@ def reproduce(names: tuple[str, ...], scale: Scale, out: Path, jobs: int, thread
         experiments = [EXPERIMENTS[name](scale) for name in chosen]
         for experiment in experiments:
             folder = out / f"{experiment.name}-{scale}"
-            results, diverged = _run_with_bar(experiment, folder, jobs, threads)
+            ended = _run_with_bar(experiment, folder, jobs, threads)
+            results = [end for end in ended.values() if isinstance(end, Result)]
+            diverged = [name for name, end in ended.items() if not isinstance(end, Result)]
+            if not results:
+                raise click.ClickException(f"{experiment.name}: no run ended with a result, so there is nothing to report")
             command = f"hbll reproduce {experiment.name} --scale {scale}"
             click.echo(write_report(experiment, results, diverged, command, folder))
             click.echo(f"wrote {folder}/{experiment.name}.md, .csv and .png")
+            if len(ended) < len(experiment.trials):
+                raise click.Abort
     except (ConfigError, CheckpointError) as exc:
         raise click.ClickException(str(exc)) from exc
 
 
-def _run_with_bar(experiment: Experiment, out: Path, jobs: int, threads: int) -> tuple[list[Result], list[str]]:
-    """All trials, in the order of the experiment, and the names of those that diverged."""
-    found: dict[str, Result] = {}
-    diverged: list[str] = []
+def _run_with_bar(experiment: Experiment, out: Path, jobs: int, threads: int) -> dict[str, Result | TrainingDiverged]:
+    """How the trials ended, by name, in the order of the experiment; after an interrupt, those that had ended."""
+    ended: dict[str, Result | TrainingDiverged] = {}
     columns = TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}")
-    with Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=4) as bar:
+    with (
+        suppress(KeyboardInterrupt),
+        closing(run_all(experiment.trials, out, jobs, threads)) as ends,
+        Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=4) as bar,
+    ):
         task = bar.add_task(experiment.name, total=len(experiment.trials))
-        for trial, end in run_all(experiment.trials, out, jobs, threads):
-            if isinstance(end, Result):
-                found[trial.name] = end
-                values = ", ".join(f"{cell.column} {cell.value:.{experiment.decimals}f}" for cell in end.cells)
-                console.print(f"{trial.name}: {values}", markup=False, highlight=False)
-            else:
-                diverged.append(trial.name)
-                console.print(f"{trial.name} left out: {end}", markup=False)
+        for trial, end in ends:
+            ended[trial.name] = end
+            cells = end.cells if isinstance(end, Result) else ()
+            values = ", ".join(f"{cell.column} {cell.value:.{experiment.decimals}f}" for cell in cells)
+            console.print(f"{trial.name}: {values or f'left out: {end}'}", markup=False, highlight=False)
             bar.advance(task)
-    return [found[trial.name] for trial in experiment.trials if trial.name in found], diverged
+    return {trial.name: ended[trial.name] for trial in experiment.trials if trial.name in ended}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +111,7 @@ def run_trial(trial: Trial, out: Path, on_share: OnShare = lambda _: None) -> Re
 
 def run_all(
     trials: Sequence[Trial], out: Path, jobs: int = 1, threads: int = 1
-) -> Iterator[tuple[Trial, Result | TrainingDiverged]]:
+) -> Generator[tuple[Trial, Result | TrainingDiverged]]:
     """Run trials in `jobs` processes of `threads` CPU threads each; yield each trial as it ends, with its result.
 
     A trial that diverges ends with that error as its result; any other error ends all.

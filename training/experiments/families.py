@@ -64,37 +64,20 @@ def run_config(model: ModelConfig, data: DataConfig, method: MethodName, epochs:
     return RunConfig(model=model, data=data, train=train_config.model_copy(update={"budget": budget}))
 
 
+_MLP_METHODS: tuple[MethodName, ...] = "bp", "cffm", "hbll-paper", "hbll"
+
+
 def table1(scale: Scale) -> Experiment:
     """Sigmoid MLPs without residuals or normalisation on MNIST: where backpropagation fails and HBLL does not."""
     depths, epochs = {"smoke": ((2, 4), 1), "small": ((2, 3, 4), 40), "paper": ((2, 3, 4), 100)}[scale]
-    widths = {50: 1} if scale == "smoke" else {50: 3, 100: 3, 500: 1 if scale == "small" else 3}
-    trials = []
-    for depth in depths:
-        tree = Tree(depth)
-        full, ladder = format_path(tree.full), tuple(map(format_path, tree.ladder))
-        columns: dict[MethodName, dict[str, tuple[str, ...]]] = {
-            "bp": {published.BP: (full,)},
-            "cffm": {published.CFFM: (full,)},
-            "hbll-paper": {published.HBLL: (full,), f"{published.HBLL}, worst rung": ladder},
-            "hbll": {"`hbll`": (full,), "`hbll`, worst rung": ladder},
-        }
-        for hidden, seeds in widths.items():
-            row = published.mlp_row(depth, hidden)
-            for seed in range(seeds):
-                for method, read in columns.items():
-                    config = run_config(
-                        MlpConfig(hierarchy_depth=depth, width=hidden),
-                        DataConfig(shift=0),
-                        method,
-                        epochs,
-                        batch=64,
-                        lr=1e-3,
-                        seed=seed,
-                        blocks=len(tree.nodes) if method == "bp" else None,
-                    )
-                    readings = tuple(Reading(row=row, column=column, paths=paths) for column, paths in read.items())
-                    name = f"{method}-D{depth}-hidden{hidden}-seed{seed}"
-                    trials.append(FamilyTrial(name=name, config=config, readings=readings))
+    widths = {50: 1} if scale == "smoke" else {100: 3, 50: 3, 500: 1 if scale == "small" else 3}
+    trials = [
+        _mlp_trial(method, hidden, depth, epochs, seed)
+        for hidden, seeds in widths.items()
+        for seed in range(seeds)
+        for depth in depths
+        for method in _MLP_METHODS
+    ]
     return Experiment(
         name="table1",
         scale=scale,
@@ -112,4 +95,30 @@ def table1(scale: Scale) -> Experiment:
             "100 warm-up steps and a cosine to zero. CFF+M as in `training.objective.contrastive_step`, which says what "
             "was guessed there.",
         ),
+    )
+
+
+def _mlp_trial(method: MethodName, hidden: int, depth: int, epochs: int, seed: int) -> FamilyTrial:
+    tree = Tree(depth)
+    full, ladder = (format_path(tree.full),), tuple(map(format_path, tree.ladder))
+    read = {
+        "bp": {published.BP: full},
+        "cffm": {published.CFFM: full},
+        "hbll-paper": {published.HBLL: full, f"{published.HBLL}, worst rung": ladder},
+        "hbll": {"`hbll`": full, "`hbll`, worst rung": ladder},
+    }[method]
+    row = published.mlp_row(depth, hidden)
+    return FamilyTrial(
+        name=f"{method}-D{depth}-hidden{hidden}-seed{seed}",
+        config=run_config(
+            MlpConfig(hierarchy_depth=depth, width=hidden),
+            DataConfig(shift=0),
+            method,
+            epochs,
+            batch=64,
+            lr=1e-3,
+            seed=seed,
+            blocks=len(tree.nodes) if method == "bp" else None,
+        ),
+        readings=tuple(Reading(row=row, column=column, paths=paths) for column, paths in read.items()),
     )

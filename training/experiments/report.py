@@ -46,22 +46,22 @@ def write_report(
 ) -> str:
     """Write `<name>.md`, `.csv` and `.png` under `out` and return the Markdown.
 
-    `diverged` are the names of trials that have no result for that reason.
+    Not all trials need have ended: the report says how many have. `diverged` are the names of those without a result.
     """
     text = markdown(experiment, results, diverged, command)
     write_atomically(out / f"{experiment.name}.csv", _csv(experiment, results).encode())
     write_atomically(out / f"{experiment.name}.md", text.encode())
     ours = {where: (figure.mean, figure.error or 0.0) for where, figure in figures(results).items()}
+    rows, columns = _rows_and_columns(experiment, results)
     title = f"{experiment.name}, scale {experiment.scale}" + (" (not the paper's data)" if experiment.stand_in else "")
-    plot_rows(ours, experiment.published, title, experiment.quantity, out / f"{experiment.name}.png")
+    plot_rows(rows, columns, ours, experiment.published, title, experiment.quantity, out / f"{experiment.name}.png")
     return text
 
 
 def markdown(experiment: Experiment, results: Sequence[Result], diverged: Sequence[str], command: str) -> str:
-    """The table with what one must know to read it. Rows and columns that only the paper has come last."""
+    """The table with what one must know to read it: rows that only we have first, then the paper's in its order."""
     ours, paper = figures(results), experiment.published
-    rows = list(dict.fromkeys(row for row, _ in (*ours, *paper)))
-    columns = list(dict.fromkeys(column for _, column in (*ours, *paper)))
+    rows, columns = _rows_and_columns(experiment, results)
     measured, published = {column for _, column in ours}, {column for _, column in paper}
     header, sides = [""], ["---"]
     for column in columns:
@@ -83,7 +83,7 @@ def markdown(experiment: Experiment, results: Sequence[Result], diverged: Sequen
         f"{stand_in}Data: {experiment.data}",
         f"Figures: {experiment.quantity}. Ours are means over {' or '.join(map(str, counts))} run(s) ± standard error; an "
         "empty cell was not run, or the paper has no such figure.",
-        f"{len(results)} runs, {seconds / 60:.1f} minutes of their processes together.",
+        f"{len(results)} of {len(experiment.trials)} runs, {seconds / 60:.1f} minutes of their processes together.",
         *experiment.notes,
         *(["Diverged and left out: " + ", ".join(diverged)] if diverged else []),
     ]
@@ -92,6 +92,13 @@ def markdown(experiment: Experiment, results: Sequence[Result], diverged: Sequen
     ]
     title = f"# {experiment.name}, scale {experiment.scale}: {experiment.title}"
     return "\n".join([title, "", *lines, "", *notes, "", f"    {command}", ""])
+
+
+def _rows_and_columns(experiment: Experiment, results: Sequence[Result]) -> tuple[list[str], list[str]]:
+    ours, paper = figures(results), experiment.published
+    papers_rows = dict.fromkeys(row for row, _ in paper)
+    rows = [*dict.fromkeys(row for row, _ in ours if row not in papers_rows), *papers_rows]
+    return rows, list(dict.fromkeys(column for _, column in (*ours, *paper)))
 
 
 def _csv(experiment: Experiment, results: Sequence[Result]) -> str:
