@@ -15,11 +15,21 @@ from training.checkpoint import CheckpointError
 from training.config import ConfigError
 from training.experiments.experiment import Experiment, Result, Scale, run_all
 from training.experiments.families import table1
+from training.experiments.language import table9
 from training.experiments.recurrence import fig3, table6
 from training.experiments.report import write_report
+from training.experiments.vision import table3, table7, table8
 from training.trainer import TrainingDiverged
 
-EXPERIMENTS: dict[str, Callable[[Scale], Experiment]] = {"table1": table1, "table6": table6, "fig3": fig3}
+EXPERIMENTS: dict[str, Callable[[Scale, Path | None], Experiment]] = {
+    "table1": lambda scale, _: table1(scale),
+    "table3": lambda scale, _: table3(scale),
+    "table6": lambda scale, _: table6(scale),
+    "table7": lambda scale, _: table7(scale),
+    "table8": lambda scale, _: table8(scale),
+    "table9": table9,
+    "fig3": lambda scale, _: fig3(scale),
+}
 
 console = Console()
 
@@ -28,9 +38,14 @@ console = Console()
 @click.argument("names", nargs=-1, type=click.Choice([*EXPERIMENTS, "all"]), required=True)
 @click.option("--scale", type=click.Choice(get_args(Scale)), default="small", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reproduce"), show_default=True)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of text files for table9, such as WikiText-103's; without it, the embedded text.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads of each run.")
-def reproduce(names: tuple[str, ...], scale: Scale, out: Path, jobs: int, threads: int) -> None:
+def reproduce(names: tuple[str, ...], scale: Scale, out: Path, data: Path | None, jobs: int, threads: int) -> None:
     """Repeat experiments of the paper and set its figures beside ours.
 
     Every experiment gets the folder OUT/NAME-SCALE with NAME.md, NAME.csv, NAME.png and its runs. Interrupted, it reports
@@ -44,7 +59,7 @@ def reproduce(names: tuple[str, ...], scale: Scale, out: Path, jobs: int, thread
     """
     chosen = dict.fromkeys(EXPERIMENTS if "all" in names else names)
     try:
-        experiments = [EXPERIMENTS[name](scale) for name in chosen]
+        experiments = [EXPERIMENTS[name](scale, data) for name in chosen]
         for experiment in experiments:
             folder = out / f"{experiment.name}-{scale}"
             ended = _run_with_bar(experiment, folder, jobs, threads)

@@ -71,8 +71,8 @@ class Result(BaseModel):
 class Experiment:
     """A table or figure of the paper at one scale.
 
-    `published` are the paper's figures by (row, column), in the unit of `quantity`. `stand_in`: the data are not the
-    paper's. `notes` say what was guessed and what differs.
+    `published` are the paper's figures by (row, column), in the unit of `quantity`, or of `published_quantity` if that is
+    another. `stand_in`: the data are not the paper's. `notes` say what was guessed and what differs.
     """
 
     name: str
@@ -83,6 +83,7 @@ class Experiment:
     stand_in: bool
     trials: tuple[Trial, ...]
     published: Mapping[tuple[str, str], float]
+    published_quantity: str = ""
     notes: tuple[str, ...] = ()
     decimals: int = 1
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from family.tree import Path as TreePath
 from family.tree import Tree
-from training.config import MethodName, TrainConfig
+from training.config import ConfigError, MethodName, TrainConfig
 from training.evaluate import path_logits, score
 from training.experiments import published
 from training.experiments.experiment import Cell, Experiment, OnShare, Scale, Trial
@@ -24,6 +24,12 @@ from training.text import Corpus, Text, Tokens, embedded_text, encode, read_text
 
 WINDOWS_AT_ONCE = 64
 """When scoring."""
+VOCABULARY = 50_257
+"""Byte-pair tokens: GPT-2's number of them, of which the paper says nothing."""
+WIKITEXT103_TOKENS = 103_227_021
+"""Words of its training text, by its authors; the number of byte-pair tokens differs a little."""
+NOISE = 0.005
+"""The paper's sigma for WikiText-103."""
 
 
 class TextTrial(Trial):
@@ -95,3 +101,73 @@ def score_windows(family: Family, tokens: Tokens, paths: tuple[TreePath, ...]) -
 @lru_cache
 def _text(folder: Path | None) -> Text:
     return embedded_text() if folder is None else read_text(folder)
+
+
+def table9(scale: Scale, folder: Path | None) -> Experiment:
+    """A GPT family of D = 3 against networks of 1, 2, 3 and 7 of the same blocks."""
+    perplexity = scale == "paper"
+    match scale:
+        case "smoke":
+            model, batch, steps = GptConfig(context=16, width=16, heads=2), 4, 10
+        case "small":
+            model, batch, steps = GptConfig(context=64, width=64, heads=4), 16, 1500
+        case "paper":
+            if folder is None:
+                raise ConfigError("table9 at scale paper reads WikiText-103 from text files: give their folder as --data")
+            model, batch = GptConfig(context=1024, width=768, heads=12, positions=True), 2
+            steps = 10 * WIKITEXT103_TOKENS // (batch * model.context)
+    recipe = Recipe(
+        steps=steps,
+        batch=batch,
+        lr=1e-4 if perplexity else 4e-3,
+        weight_decay=0.01,
+        beta2=0.999 if perplexity else 0.99,
+        warmup_steps=steps // 15,
+        clip=1.0,
+    )
+    tree = Tree(model.hierarchy_depth)
+    equal_work = steps * sum(published.LADDER_AND_FULL.values())  # of the separate networks together
+
+    def trial(column: str, method: MethodName, steps: int, **changes: object) -> TextTrial:
+        settings = TrainConfig.model_validate({"method": method, "nudge": 0.0, "noise": NOISE * perplexity} | changes)
+        return TextTrial(
+            name=f"{method}{settings.blocks or ''}",
+            folder=folder,
+            vocabulary=VOCABULARY if perplexity else None,
+            perplexity=perplexity,
+            model=model,
+            settings=settings,
+            recipe=recipe.model_copy(update={"steps": steps}),
+            column=column,
+        )
+
+    trials = [trial(published.BP, "bp", steps, blocks=blocks) for blocks in published.LADDER_AND_FULL.values()]
+    trials.append(trial(published.HBLL, "hbll", steps))
+    mixed = TrainConfig(method="hbll+chains")
+    of_a_step = METHODS[mixed.method].evaluations(mixed, tree)
+    trials.append(trial("`hbll+chains`, equal work", mixed.method, round(equal_work / of_a_step)))
+    if scale == "small":
+        trials.append(trial("`hbll`, equal work", "hbll", round(equal_work / METHODS["hbll"].evaluations(mixed, tree))))
+    text = _text(folder)
+    return Experiment(
+        name="table9",
+        scale=scale,
+        title="a GPT family by depth, and separately trained networks",
+        quantity="perplexity of test tokens" if perplexity else "bits per byte of test text",
+        data=f"{text.description}, cut into train, validation and test; width {model.width}, {model.heads} heads, context "
+        f"{model.context}, batch {batch}, AdamW {recipe.lr:g}, {steps:,} steps for BP and HBLL.",
+        stand_in=not perplexity,
+        trials=tuple(trials),
+        published=published.TABLE9,
+        published_quantity="" if perplexity else "perplexity",
+        notes=(
+            "BP: one network for each row. HBLL: one family, as many steps as each of those networks. Equal work: as many "
+            f"block evaluations as those networks together ({equal_work:,} batches of one block).",
+            "HBLL without a nudge (c = 0): a nudged state carries the next token, which it is to be predicted from. Latent "
+            "losses are means over features, over positions too.",
+            "Guessed: width, heads and weights' initialisation; warm-up for a fifteenth of the steps and a cosine to zero; "
+            "gradients longer than 1 clipped. "
+            + (f"Byte-pair tokens ({VOCABULARY:,}) of the training text, learned positions." if perplexity else "ALiBi."),
+        ),
+        decimals=2 if perplexity else 3,
+    )

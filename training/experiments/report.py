@@ -54,7 +54,8 @@ def write_report(
     ours = {where: (figure.mean, figure.error or 0.0) for where, figure in figures(results).items()}
     rows, columns = _rows_and_columns(experiment, results)
     title = f"{experiment.name}, scale {experiment.scale}" + (" (not the paper's data)" if experiment.stand_in else "")
-    plot_rows(rows, columns, ours, experiment.published, title, experiment.quantity, out / f"{experiment.name}.png")
+    paper = {} if experiment.published_quantity else experiment.published  # one axis has one unit
+    plot_rows(rows, columns, ours, paper, title, experiment.quantity, out / f"{experiment.name}.png")
     return text
 
 
@@ -63,9 +64,10 @@ def markdown(experiment: Experiment, results: Sequence[Result], diverged: Sequen
     ours, paper = figures(results), experiment.published
     rows, columns = _rows_and_columns(experiment, results)
     measured, published = {column for _, column in ours}, {column for _, column in paper}
+    unit = f" ({experiment.published_quantity})" if experiment.published_quantity else ""
     header, sides = [""], ["---"]
     for column in columns:
-        header += [column] * (column in measured) + [f"{column}, paper"] * (column in published)
+        header += [column] * (column in measured) + [f"{column}, paper{unit}"] * (column in published)
     sides += ["--:"] * (len(header) - 1)
     lines = [_line(header), _line(sides)]
     for row in rows:
