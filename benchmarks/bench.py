@@ -77,7 +77,15 @@ def main(
     console.print(f"outcomes: {dict(statuses)}; longest garbage-collection pauses: {pauses}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out, measured, capacity, latency_s, pauses)
+        about = {
+            "capacity": capacity,
+            "shallowest_latency_ms": 1000 * latency_s,
+            "transport_ms": 1000 * load.transport_s,
+            "gc_pauses": pauses,
+            "cpus": os.cpu_count(),
+            "client_first_in_line": load.first_in_line,
+        }
+        _write(out, measured, about)
         bursty = [each for each in measured if each.policy == DEFAULT_POLICY and "CV² 8" in each.cell]
         if bursty:
             draw_burst(out / "burst.png", bursty[-1], bursty[-1].scheduled_s[-1] / 120)
@@ -134,7 +142,7 @@ def _gc_pause_s(server: Server) -> str:
     return "none" if total == 0 else f"<= {next(edge for edge, count in counts if count == total)} s"
 
 
-def _write(out: Path, measured: Sequence[Measured], capacity: float, latency_s: float, pauses: dict[str, str]) -> None:
+def _write(out: Path, measured: Sequence[Measured], about: dict[str, object]) -> None:
     with (out / "bench.csv").open("w", newline="") as opened:
         writer = csv.writer(opened)
         writer.writerow(
@@ -147,7 +155,6 @@ def _write(out: Path, measured: Sequence[Measured], capacity: float, latency_s: 
             writer.writerow(
                 [each.cell, each.policy, each.seed, len(each.depth), each.void, *(f"{share:.5f}" for share in shares)]
             )
-    about = {"capacity": capacity, "shallowest_latency_ms": 1000 * latency_s, "gc_pauses": pauses, "cpus": os.cpu_count()}
     (out / "bench.json").write_text(json.dumps(about, indent=2) + "\n")
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.load import Outcome, Request, lateness, run_replay
+from benchmarks.priority import first_in_line
 from benchmarks.shares import Shares
 from benchmarks.traces import Arrivals, poisson
 from training.data import Split
@@ -130,6 +131,7 @@ class Load:
 
     def __init__(self, test: Split) -> None:
         self.transport_s = 0.0
+        self.first_in_line = False
         self._bodies = [image.astype("<f4").tobytes() for image in test.images.numpy()]
         self._labels = [str(label) for label in test.labels.tolist()]
 
@@ -154,7 +156,8 @@ class Load:
             Request(at_s, self._bodies[image], target, _CONTENT_TYPE)
             for at_s, image in zip(arrivals.tolist(), images, strict=True)
         ]
-        outcomes = run_replay(server.host, server.port, requests, connections=64)
+        with first_in_line() as self.first_in_line:
+            outcomes = run_replay(server.host, server.port, requests, connections=64)
         return self._judge(server.policy, cell, seed, budget_s, outcomes, images)
 
     def _judge(

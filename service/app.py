@@ -33,6 +33,7 @@ from service.repository import Repository, ServedModel, open_repository
 from service.responses import on_http_exception, on_service_error, on_unknown_error, on_validation_error
 from service.settings import Settings
 from service.tracing import open_tracer
+from service.versions import model_urls
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     )
     app.state.context = Context(settings, repository, engine, metrics, tracer)
     app.state.metrics = metrics
-    app.router.routes.append(RawRoute())  # before the route of the same URL
+    app.router.routes.extend(map(RawRoute, model_urls("/v1")))  # before the routes of the same URLs
     # Tried in order: first those that answer.
     for router in (predict.router, predict.stream_router, oip_infer.router):
         app.include_router(router)
@@ -109,7 +110,7 @@ async def _warm_up(app: FastAPI) -> None:
     """Measure every model, then send the app some requests of its own: the first answer of a process takes several
     times as long as the later ones, and no client should be the one to wait for it."""
     context: Context = app.state.context
-    models = list(context.repository.models.values())
+    models = context.repository.served
     try:
         await context.engine.start(models)
         if not context.engine.ready:  # told to stop meanwhile
@@ -121,7 +122,7 @@ async def _warm_up(app: FastAPI) -> None:
                     for url, body in _warm_up_requests(model):
                         response = await client.post(url, json=body)
                         if response.is_error:  # tight limits may refuse ours, and are no reason not to serve
-                            logger.info("warm-up of %s: %s", model.name, response.text)
+                            logger.info("warm-up of version %d of %s: %s", model.version, model.name, response.text)
                             break
     except Exception:
         # The server stays up and unready, so that probes and people can see it.
@@ -132,13 +133,14 @@ async def _warm_up(app: FastAPI) -> None:
     gc.collect()
     gc.freeze()
     context.warm = True
-    logger.info("ready: serving %s", ", ".join(context.repository.models))
+    logger.info("ready: serving %s", ", ".join(f"{model.name} {model.version}" for model in models))
 
 
 def _warm_up_requests(model: ServedModel) -> list[tuple[str, dict[str, object]]]:
     """By URL: requests with a nested list, with a tensor, and where the model takes images with one."""
     shape = model.manifest.input.shape[1:]
-    predict_url, infer_url = f"/v1/models/{model.name}/predict", f"/v2/models/{model.name}/infer"
+    url = f"models/{model.name}/versions/{model.version}"
+    predict_url, infer_url = f"/v1/{url}/predict", f"/v2/{url}/infer"
     zeros = np.zeros((1, *shape))
     tensor = {"name": model.manifest.input.name, "shape": zeros.shape, "datatype": "FP32", "data": zeros.tolist()}
     requests: list[tuple[str, dict[str, object]]] = [

@@ -82,12 +82,12 @@ def open_call(
 
 def count_answered(metrics: Metrics, call: Call, total_s: float) -> None:
     """Count a call that was answered after `total_s`."""
-    name = call.served.name
-    metrics.total_seconds.labels(name).observe(total_s)
-    metrics.last_answer.labels(name).set_to_current_time()
+    labels = call.served.labels
+    metrics.total_seconds.labels(*labels).observe(total_s)
+    metrics.last_answer.labels(*labels).set_to_current_time()
     met = call.deadline_met(total_s)
     if met is not None:
-        metrics.deadlines.labels(name, str(met).lower()).inc()
+        metrics.deadlines.labels(*labels, str(met).lower()).inc()
 
 
 def learn_send(call: Call, answer: Answer) -> None:
@@ -99,7 +99,7 @@ def learn_send(call: Call, answer: Answer) -> None:
 
 def count_failed(metrics: Metrics, call: Call) -> None:
     """Count a call that was admitted and ended in an error."""
-    metrics.failed_seconds.labels(call.served.name).observe(call.total_s)
+    metrics.failed_seconds.labels(*call.served.labels).observe(call.total_s)
 
 
 def trace(ctx: Context, request: Request, call: Call, spans: Sequence[Timed], status: int) -> None:
@@ -112,6 +112,7 @@ def trace(ctx: Context, request: Request, call: Call, spans: Sequence[Timed], st
         "http.route": route,
         "http.response.status_code": status,
         "hbll.model": call.served.name,
+        "hbll.version": call.served.version,
     }
     whole = Timed(f"{request.method} {route}", call.arrived_s, call.arrived_s + call.total_s, attributes)
     ctx.tracer.export(whole, spans, request.headers.get("traceparent"))

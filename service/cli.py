@@ -16,9 +16,10 @@ from pydantic_settings import SettingsError
 from rich.console import Console
 from rich.table import Table
 
-from family.manifest import BundleError, Manifest, check_files, load_manifest
+from family.manifest import WEIGHTS_FILE, BundleError, Manifest, check_files, load_manifest
 from family.tree import format_path
 from service.app import create_app
+from service.memory import PARAMETER_BYTES
 from service.settings import Settings
 
 console = Console()
@@ -38,16 +39,16 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 def serve(models: Path | None, host: str, port: int, threads: int | None, device: str | None) -> None:
     """Serve the model repository MODELS, a folder of MODEL/VERSION/ bundles (default: models).
 
-    Of each model the highest version is served; a higher one that appears later replaces it without a gap. Every other
-    setting comes from the environment:
+    Of each model the highest version is served (see HBLL_VERSIONS); versions that come or go later are followed without
+    a gap. Every other setting comes from the environment:
 
     \b
-      HBLL_POLICY, HBLL_MIN_DEPTH, HBLL_DEFAULT_LATENCY_BUDGET_MS, HBLL_AUDIT_RATE
+      HBLL_POLICY, HBLL_MIN_DEPTH, HBLL_DEFAULT_LATENCY_BUDGET_MS, HBLL_AUDIT_RATE, HBLL_VERSIONS
           for all models; HBLL_PER_MODEL='{"digits": {"min_depth": 2}}' for single ones
       HBLL_MAX_BATCH, HBLL_MAX_QUEUE_ROWS, HBLL_MAX_REQUEST_ROWS
       HBLL_MAX_BODY_BYTES, HBLL_MAX_IMAGE_PIXELS
       HBLL_RESERVE_MS   kept back from every budget to send the answer
-      HBLL_POLL_S       how often new versions are looked for; 0: never
+      HBLL_POLL_S       how often versions that have come or gone are looked for; 0: never
       HBLL_CACHE_DIR    where measured latencies are kept
 
     \b
@@ -147,6 +148,12 @@ def inspect(bundle: Path) -> None:
     console.print(path_table(manifest, str(bundle)))
     origin = manifest.provenance
     size = sum((bundle / name).stat().st_size for name in manifest.files)
+    weights = (bundle / WEIGHTS_FILE).stat().st_size
+    separate = PARAMETER_BYTES * sum(entry.parameters for entry in manifest.offered.values())
+    console.print(
+        f"MB: weights of each path by itself, {separate / 1e6:.2f} MB in sum; "
+        f"all {len(manifest.offered)} paths share {weights / 1e6:.2f} MB"
+    )
     if manifest.certificate is not None:
         levels = ", ".join(f"{level.epsilon:g} (exit at {level.threshold:g})" for level in manifest.certificate.levels)
         sequence = " > ".join(manifest.certificate.sequence)
@@ -161,7 +168,8 @@ def inspect(bundle: Path) -> None:
 def path_table(manifest: Manifest, title: str) -> Table:
     """The offered paths of a bundle as a table."""
     table = Table(title=f"{title}: {manifest.name}, hierarchy depth {manifest.hierarchy_depth}")
-    for column in ("path", "depth", "validation %", "test %", "agreement %", "ECE %", "MFLOP", "parameters", ""):
+    shares = ("validation %", "test %", "agreement %", "ECE %")
+    for column in ("path", "depth", *shares, "MFLOP", "parameters", "MB", ""):
         table.add_column(column, justify="left" if column in ("path", "") else "right")
     front, best = set(manifest.front), set(manifest.best_by_depth.values())
     for path, entry in manifest.offered.items():
@@ -175,6 +183,7 @@ def path_table(manifest: Manifest, title: str) -> Table:
             f"{100 * entry.test.calibration_error:.1f}",
             f"{entry.flops / 1e6:.2f}",
             f"{entry.parameters:,}",
+            f"{PARAMETER_BYTES * entry.parameters / 1e6:.2f}",
             "reference" if path == manifest.reference else note,
         )
     return table

@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 
 from service.answers import Engine
 from service.metrics import Metrics
-from service.repository import Repository
+from service.repository import Repository, ServedModel
 from service.schemas import Error
 from service.settings import Settings
 from service.tracing import Tracer
@@ -26,13 +26,17 @@ class Context:
         self.engine = engine
         self.metrics = metrics
         self.tracer = tracer
-        self.loading = asyncio.Lock()  # one new version at a time
+        self.loading = asyncio.Lock()  # versions come and go one at a time
         self.warm = False
 
     @property
     def ready(self) -> bool:
         """Every model is loaded and warm, and the engine lives."""
         return self.warm and self.engine.ready
+
+    def answers(self, served: ServedModel) -> bool:
+        """Whether this version of a model answers now."""
+        return self.ready and served.profile is not None
 
 
 def context_of(request: Request) -> Context:
@@ -59,7 +63,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         429: "Too many rows wait already; Retry-After says when to ask again",
         500: "The server met an error of its own",
         501: "Not served here",
-        503: "Warming up or shutting down; Retry-After says when to ask again",
+        503: "Warming up, shutting down or stuck; Retry-After says when to ask again",
         504: "The budget ran out before any block had run, or a strict request's cannot be met",
     }
     return {status: {"model": Error, "description": meanings[status]} for status in statuses}

@@ -13,11 +13,14 @@ from service.policy.wish import Wish
 
 
 class DriftWatch:
-    """The alarms of one model. Once one is raised its level no longer exits early, until `reset`."""
+    """The alarms of one version of a model, which `labels` name in metrics. Once one is raised its level no longer exits
+    early, until `reset`."""
 
-    def __init__(self, model: str, manifest: Manifest, rate: float, metrics: Metrics, seed: int | None = None) -> None:
+    def __init__(
+        self, labels: tuple[str, str], manifest: Manifest, rate: float, metrics: Metrics, seed: int | None = None
+    ) -> None:
         levels = manifest.certificate.levels if manifest.certificate else ()
-        self._model = model
+        self._labels = labels
         self._metrics = metrics
         self._coin = AuditCoin(rate, secrets.randbits(64) if seed is None else seed) if levels and rate > 0 else None
         self.alarms = {level.epsilon: RiskAlarm(level.epsilon) for level in levels}
@@ -35,14 +38,14 @@ class DriftWatch:
         """The result of an audit."""
         alarm = self.alarms[epsilon]
         alarm.observe(differs)
-        self._metrics.audits.labels(self._model, f"{epsilon:g}", str(differs).lower()).inc()
-        self._metrics.drift.labels(self._model, f"{epsilon:g}").set(alarm.raised)
+        self._metrics.audits.labels(*self._labels, f"{epsilon:g}", str(differs).lower()).inc()
+        self._metrics.drift.labels(*self._labels, f"{epsilon:g}").set(alarm.raised)
 
     def reset(self) -> None:
         """An operator trusts the certificate again: all audits are forgotten."""
         for epsilon, alarm in self.alarms.items():
             alarm.reset()
-            self._metrics.drift.labels(self._model, f"{epsilon:g}").set(False)
+            self._metrics.drift.labels(*self._labels, f"{epsilon:g}").set(False)
 
     @property
     def raised(self) -> list[float]:

@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 _MOST_GUESSES = 8
 """Of the smallest budget that can be met: each passes all rows that were due by the one before."""
 
+_HUNG_RATIO = 100
+"""A run that takes so many times what it was expected to is no slow one."""
+
 
 @dataclass(slots=True)
 class Engine:
@@ -60,6 +63,7 @@ class Engine:
         max_batch: rows of one inference.
         max_queue_rows: rows that may wait; a request that does not fit is refused.
         reserve_s: time kept back from every budget to build and send the answer.
+        hung_s: the least time after which a run is taken for hung, by the event loop's clock.
         trace: whether answers carry the spans of their requests.
         clock: monotonic seconds.
     """
@@ -68,6 +72,7 @@ class Engine:
     max_batch: int
     max_queue_rows: int
     reserve_s: float
+    hung_s: float = 10.0
     trace: bool = False
     clock: Callable[[], float] = time.monotonic
     _scheduler: Scheduler[ServedModel] = field(default_factory=Scheduler)
@@ -90,7 +95,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Warm, not stopping, its loop and its thread alive."""
+        """Warm, not stopping, its loop and its thread alive, and no run hung."""
         alive = self._loop_task is not None and not self._loop_task.done()
         return self._warm and self._well and alive and not self._stopping.is_set()
 
@@ -118,7 +123,10 @@ class Engine:
         self._scheduler.policies[model] = policy
         if model not in self._drift:
             rate = model.settings.audit_rate
-            self._drift[model] = DriftWatch(model.name, model.manifest, rate, self.metrics)
+            self._drift[model] = DriftWatch(model.labels, model.manifest, rate, self.metrics)
+        self.metrics.weights_bytes.labels(*model.labels).set(model.weights_bytes)
+        if model.grown_bytes is not None:
+            self.metrics.grown_bytes.labels(*model.labels).set(model.grown_bytes)
 
     def retire(self, model: ServedModel) -> None:
         """Forget a model once the last of its rows has been answered; there are no more audits of it."""
@@ -146,11 +154,11 @@ class Engine:
         """Check that `rows` more may wait now, before work is put into decoding them.
 
         Raises:
-            NotReady: the engine is warming up, shutting down, or its inference thread just died.
+            NotReady: the engine is warming up, shutting down, or its inference thread just died or hangs.
             QueueFull: too many rows wait.
         """
         if not self.ready:
-            raise NotReady("the server is warming up or shutting down: ask again in a second")
+            raise NotReady("the server is warming up, shutting down or stuck: ask again in a second")
         waiting = self._scheduler.waiting()
         if waiting + rows > self.max_queue_rows:
             raise QueueFull(f"{waiting} rows wait already and at most {self.max_queue_rows} may, got {rows} more")
@@ -196,7 +204,7 @@ class Engine:
         for waiting in ticket.rows:
             policy.arrive(waiting, now)
         self._tickets.add(ticket)
-        self.metrics.requests.labels(model.name).inc()
+        self.metrics.requests.labels(*model.labels).inc()
         self.metrics.queue_rows.set(self._scheduler.waiting())
         self._happened.set()
         try:
@@ -268,12 +276,14 @@ class Engine:
         assert self._worker is not None
         worker, rows = self._worker, cast(Sequence[TicketRow], batch.rows)
         self._busy_until_s = start + batch.expected_s
-        self.metrics.batch_rows.labels(model.name).observe(len(rows))
-        self.metrics.block_rows.labels(model.name).inc(len(rows) * len(batch.segment.nodes))
+        self.metrics.batch_rows.labels(*model.labels).observe(len(rows))
+        self.metrics.block_rows.labels(*model.labels).inc(len(rows) * len(batch.segment.nodes))
         job = self._job(model, batch, rows)
         running = worker.run(job)  # before answers are built, so that the thread need not wait for that
         self._settle(decisions, start)
         self._forget_retired(model)
+        hung_s = max(self.hung_s, _HUNG_RATIO * batch.expected_s)
+        watchdog = asyncio.get_running_loop().call_later(hung_s, self._hangs, model, batch, hung_s)
         try:
             try:
                 output = await running
@@ -285,8 +295,24 @@ class Engine:
             self._fail(rows, InferenceFailed("the model could not be run on this; the server's log has the cause"))
             return
         finally:
+            watchdog.cancel()
             self._well, self._busy_until_s = True, 0.0
         self._finish(model, batch, rows, output, start)
+
+    def _hangs(self, model: ServedModel, batch: Batch, after_s: float) -> None:
+        """A run does not come back. A thread cannot be ended from outside, so all that can be done is to say so, and to
+        send clients elsewhere until it does."""
+        self._well = False
+        self.metrics.worker_hangs.inc()
+        logger.error(
+            "inference of %d rows of version %d of %s has not ended after %.3g s, and %.3g s were expected: "
+            "the server is not ready until it does",
+            len(batch.rows),
+            model.version,
+            model.name,
+            after_s,
+            batch.expected_s,
+        )
 
     async def _wait(self, until_s: float) -> None:
         """Until something happens, or until that time."""
@@ -313,7 +339,7 @@ class Engine:
         now = self.clock()
         assert model.profile is not None
         model.profile.observe(batch.segment, len(rows), now - start)
-        self.metrics.profile_ratio.labels(model.name).observe((now - start) / batch.expected_s)
+        self.metrics.profile_ratio.labels(*model.labels).observe((now - start) / batch.expected_s)
         ends = [len(row.at) * (not batch.segment.embed) + len(batch.segment.nodes) == len(row.target) for row in rows]
         confidences = [0.0] * len(rows)
         if output.logits is not None:
@@ -377,14 +403,14 @@ class Engine:
         latest = row.latest
         answer = RowAnswer(latest.label, latest.confidence, latest.probabilities, latest.path, stopped_by, latest.logits)
         ticket.answers[row.index] = answer
-        self.metrics.answers.labels(row.model.name, len(answer.path), stopped_by).inc()
+        self.metrics.answers.labels(*row.model.labels, len(answer.path), stopped_by).inc()
         if ticket.on_answer is not None:
             ticket.on_answer(row.index, answer)
         answers = [answer for answer in ticket.answers if answer is not None]
         if len(answers) == len(ticket.answers):
             queue_s = ticket.queue_s or 0.0
-            self.metrics.queue_seconds.labels(row.model.name).observe(queue_s)
-            self.metrics.compute_seconds.labels(row.model.name).observe(ticket.compute_s)
+            self.metrics.queue_seconds.labels(*row.model.labels).observe(queue_s)
+            self.metrics.compute_seconds.labels(*row.model.labels).observe(ticket.compute_s)
             spans = ticket.spans
             if spans is not None:
                 spans.insert(0, Timed("queue", ticket.arrived_s, ticket.arrived_s + queue_s))

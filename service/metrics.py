@@ -2,53 +2,68 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Container
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 
 _SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _DECISIONS = (0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
 _RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
+_VERSION = ("model", "version")
+
 
 class Metrics:
-    """Everything that is counted and timed. Requests are what clients send, rows are the inputs in them."""
+    """Everything that is counted and timed. Requests are what clients send, rows are the inputs in them.
+
+    What concerns a model has the labels `model` and `version`, first and in this order, as long as that version is
+    served: so there are as many series as the settings let be.
+    """
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def counter(name: str, about: str, *labels: str) -> Counter:
+            return Counter(name, about, labels, registry=registry)
+
+        def gauge(name: str, about: str, *labels: str) -> Gauge:
+            return Gauge(name, about, labels, registry=registry)
 
         def histogram(name: str, about: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(name, about, labels, buckets=buckets, registry=registry)
 
-        self.requests = Counter("hbll_requests", "Requests admitted", ["model"], registry=registry)
-        self.refusals = Counter("hbll_refusals", "Requests answered by an error", ["code"], registry=registry)
-        self.answers = Counter("hbll_answers", "Rows answered", ["model", "depth", "stopped_by"], registry=registry)
-        self.block_rows = Counter("hbll_block_rows", "Rows times blocks run: the work done", ["model"], registry=registry)
-        self.deadlines = Counter("hbll_deadlines", "Requests with a budget answered", ["model", "met"], registry=registry)
-        self.queue_rows = Gauge("hbll_queue_rows", "Rows that wait", registry=registry)
-        self.queue_seconds = histogram("hbll_queue_seconds", "From arrival to the first block", _SECONDS, "model")
-        self.compute_seconds = histogram("hbll_compute_seconds", "Inference of a request's rows", _SECONDS, "model")
-        self.total_seconds = histogram("hbll_total_seconds", "From arrival to the answer", _SECONDS, "model")
+        self.requests = counter("hbll_requests", "Requests admitted", *_VERSION)
+        self.refusals = counter("hbll_refusals", "Requests answered by an error", "code")
+        self.answers = counter("hbll_answers", "Rows answered", *_VERSION, "depth", "stopped_by")
+        self.block_rows = counter("hbll_block_rows", "Rows times blocks run: the work done", *_VERSION)
+        self.deadlines = counter("hbll_deadlines", "Requests with a budget answered", *_VERSION, "met")
+        self.queue_rows = gauge("hbll_queue_rows", "Rows that wait")
+        self.queue_seconds = histogram("hbll_queue_seconds", "From arrival to the first block", _SECONDS, *_VERSION)
+        self.compute_seconds = histogram("hbll_compute_seconds", "Inference of a request's rows", _SECONDS, *_VERSION)
+        self.total_seconds = histogram("hbll_total_seconds", "From arrival to the answer", _SECONDS, *_VERSION)
         self.decision_seconds = histogram("hbll_decision_seconds", "What the policy takes to decide", _DECISIONS)
         self.profile_ratio = histogram(
-            "hbll_profile_ratio", "What a run took, by what it was expected to take", _RATIOS, "model"
+            "hbll_profile_ratio", "What a run took, by what it was expected to take", _RATIOS, *_VERSION
         )
-        self.audits = Counter(
-            "hbll_audits", "Audits of certified answers", ["model", "epsilon", "differs"], registry=registry
+        self.audits = counter("hbll_audits", "Audits of certified answers", *_VERSION, "epsilon", "differs")
+        self.drift = gauge("hbll_drift_alarm", "1 when audits have refuted a level", *_VERSION, "epsilon")
+        self.worker_deaths = counter("hbll_worker_deaths", "Deaths of the inference thread")
+        self.worker_hangs = counter("hbll_worker_hangs", "Runs that took so much longer than expected that it may hang")
+        self.reloads = counter("hbll_reloads", "New versions found", "model", "loaded")
+        self.weights_bytes = gauge("hbll_model_weights_bytes", "Weights on disk, for all paths together", *_VERSION)
+        self.grown_bytes = gauge(
+            "hbll_model_grown_bytes", "What the process grew by while the version was loaded and measured", *_VERSION
         )
-        self.drift = Gauge(
-            "hbll_drift_alarm", "1 when audits have refuted a level", ["model", "epsilon"], registry=registry
-        )
-        self.worker_deaths = Counter("hbll_worker_deaths", "Deaths of the inference thread", registry=registry)
-        self.reloads = Counter("hbll_reloads", "New versions found", ["model", "loaded"], registry=registry)
         self.gc_seconds = histogram("hbll_gc_pause_seconds", "Pauses by Python's garbage collection", _DECISIONS)
         self.failed_seconds = histogram(
-            "hbll_failed_seconds", "From arrival to the error, of requests that were admitted", _SECONDS, "model"
+            "hbll_failed_seconds", "From arrival to the error, of requests that were admitted", _SECONDS, *_VERSION
         )
-        self.last_answer = Gauge(
-            "hbll_last_answer_timestamp_seconds", "When a request was answered last", ["model"], registry=registry
-        )
-        self.batch_rows = histogram("hbll_batch_rows", "Rows of one inference", _ROWS, "model")
-        self.ready = Gauge("hbll_ready", "1 when the server is ready", registry=registry)
+        self.last_answer = gauge("hbll_last_answer_timestamp_seconds", "When a request was answered last", *_VERSION)
+        self.batch_rows = histogram("hbll_batch_rows", "Rows of one inference", _ROWS, *_VERSION)
+        self.ready = gauge("hbll_ready", "1 when the server is ready")
 
     def clear(self) -> None:
         """Forget what was counted so far, by warm-up."""
@@ -57,6 +72,22 @@ class Metrics:
         for metric in (*counters, *times, self.batch_rows, self.profile_ratio, self.audits):
             metric.clear()
 
-    def render(self) -> bytes:
-        """The exposition text."""
-        return generate_latest(self.registry)
+    def render(self, served: Container[tuple[str, str]]) -> bytes:
+        """The exposition text. Of versions that are not `served` any more what was counted is told once again, so that
+        the last of it is not lost, and then forgotten; their gauges are forgotten at once."""
+        by_version = [
+            metric
+            for metric in vars(self).values()
+            if isinstance(metric, MetricWrapperBase) and metric._labelnames[:2] == _VERSION
+        ]
+        _forget([metric for metric in by_version if isinstance(metric, Gauge)], served)
+        text = generate_latest(self.registry)
+        _forget(by_version, served)
+        return text
+
+
+def _forget(metrics: list[MetricWrapperBase], served: Container[tuple[str, str]]) -> None:
+    for metric in metrics:
+        for labels in list(metric._metrics):  # to find them in samples would take as long as to tell them
+            if labels[:2] not in served:
+                metric.remove(*labels)

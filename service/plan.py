@@ -16,14 +16,14 @@ from service.media import JSON, reading
 from service.policy.state import Step
 from service.repository import ServedModel
 from service.schemas import AuditedLevel, Audits, Plan, PlannedAnswer, PlanQuery
+from service.versions import Served, for_models
 
 router = APIRouter(redirect_slashes=False, route_class=reading(JSON, unnamed=True))
 
 
-@router.get("/v1/models/{model}/plan", tags=["models"], responses=errors(404, 422, 429, 500, 503))
-async def plan(model: str, wishes: Annotated[PlanQuery, Query()], request: Request, ctx: Ctx) -> Plan:
+@for_models(router, "/v1", "GET", "/plan", tags=["models"], responses=errors(404, 422, 429, 500, 503))
+async def plan(served: Served, wishes: Annotated[PlanQuery, Query()], request: Request, ctx: Ctx) -> Plan:
     """What a request with these wishes would get now, by the live profile and what waits, and why."""
-    served = ctx.repository.get(model)
     if wishes.rows > ctx.settings.max_request_rows:
         raise InvalidInput(f"rows: expected at most {ctx.settings.max_request_rows}, got {wishes.rows}")
     arrived_s: float = request.state.arrived_s
@@ -70,17 +70,15 @@ def _reason(call: Call, steps: tuple[Step, ...], feasible: bool) -> str:
     return "what the policy chooses under the present load" + until
 
 
-@router.get("/v1/models/{model}/audits", tags=["models"], responses=errors(404, 422, 500, 503))
-async def audits(model: str, ctx: Ctx) -> Audits:
+@for_models(router, "/v1", "GET", "/audits", tags=["models"], responses=errors(404, 500, 503))
+async def audits(served: Served, ctx: Ctx) -> Audits:
     """What audits found: a random share of requests with max_risk is compared with the reference path."""
-    served = ctx.repository.get(model)
     return _audits(served, _drift(ctx, served))
 
 
-@router.post("/v1/models/{model}/audits/reset", tags=["models"], responses=errors(404, 415, 422, 500, 503))
-async def reset_audits(model: str, ctx: Ctx) -> Audits:
+@for_models(router, "/v1", "POST", "/audits/reset", tags=["models"], responses=errors(404, 415, 500, 503))
+async def reset_audits(served: Served, ctx: Ctx) -> Audits:
     """Trust the certificate again: forget all audits, and let levels exit early whose alarm was raised."""
-    served = ctx.repository.get(model)
     drift = _drift(ctx, served)
     drift.reset()
     return _audits(served, drift)

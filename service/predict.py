@@ -23,15 +23,16 @@ from service.presence import while_connected
 from service.runtime import Rows
 from service.schemas import PredictRequest, PredictResponse, Risk, StreamAnswer, StreamEnd, StreamRequest
 from service.streaming import EventStream, MostConfident, answer_events
+from service.versions import for_models, served_model
 from service.wishes import HEADER_PARAMETERS, QUERY_PARAMETERS, with_headers
 
 router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS))  # the latter come to `service.raw` first
 stream_router = APIRouter(redirect_slashes=False, route_class=reading(JSON))
 
 
-async def _prepare(model: str, body: PredictRequest, request: Request, ctx: Context, *, climb: bool) -> tuple[Call, Rows]:
+async def _prepare(body: PredictRequest, request: Request, ctx: Context, *, climb: bool) -> tuple[Call, Rows]:
     """Everything before the engine. With `climb` a request without a wish climbs to the end."""
-    served = ctx.repository.get(model)
+    served = served_model(request)
     if len(body.inputs) > ctx.settings.max_request_rows:
         raise InvalidInput(f"inputs: expected at most {ctx.settings.max_request_rows} rows, got {len(body.inputs)}")
     call = open_call(ctx, served, body, len(body.inputs), request.state.arrived_s, climb=climb)
@@ -40,17 +41,20 @@ async def _prepare(model: str, body: PredictRequest, request: Request, ctx: Cont
     return call, x
 
 
-@router.post(
-    "/v1/models/{model}/predict",
+@for_models(
+    router,
+    "/v1",
+    "POST",
+    "/predict",
     tags=["predict"],
     response_model=PredictResponse,
     responses=errors(400, 404, 413, 415, 422, 429, 500, 503, 504),
     openapi_extra={"parameters": [*QUERY_PARAMETERS, *HEADER_PARAMETERS], "requestBody": RAW_BODY},
 )
-async def predict(model: str, body: PredictRequest, request: Request, ctx: Ctx) -> Response:
+async def predict(body: PredictRequest, request: Request, ctx: Ctx) -> Response:
     """Answer each input at the depth that its wishes and the budget allow."""
     body = with_headers(body, request.scope["headers"])
-    call, x = await _prepare(model, body, request, ctx, climb=False)
+    call, x = await _prepare(body, request, ctx, climb=False)
     return await answer_call(request, ctx, call, x, probabilities=body.probabilities)
 
 
@@ -81,8 +85,11 @@ async def answer_call(request: Request, ctx: Context, call: Call, x: Rows, *, pr
     return Response(to_json(content), media_type="application/json")
 
 
-@stream_router.post(
-    "/v1/models/{model}/predict/stream",
+@for_models(
+    stream_router,
+    "/v1",
+    "POST",
+    "/predict/stream",
     tags=["predict"],
     response_class=StreamingResponse,  # FastAPI's own kind wants a generator, which cannot choose the status
     responses={
@@ -95,10 +102,10 @@ async def answer_call(request: Request, ctx: Context, call: Call, x: Rows, *, pr
     },
     openapi_extra={"parameters": HEADER_PARAMETERS},
 )
-async def predict_stream(model: str, body: StreamRequest, request: Request, ctx: Ctx) -> Response:
+async def predict_stream(body: StreamRequest, request: Request, ctx: Ctx) -> Response:
     """Stream the answer of every rung as soon as it is known. A client that leaves stops the work at the next one."""
     body = with_headers(body, request.scope["headers"])
-    call, x = await _prepare(model, body, request, ctx, climb=True)
+    call, x = await _prepare(body, request, ctx, climb=True)
     labels = call.served.manifest.labels
     best = MostConfident()
 
@@ -112,7 +119,7 @@ async def predict_stream(model: str, body: StreamRequest, request: Request, ctx:
         count_answered(ctx.metrics, call, total_s)
         trace(ctx, request, call, answer.spans, 200)
         return StreamEnd(
-            model=model,
+            model=call.served.name,
             version=call.served.version,
             deadline_met=call.deadline_met(total_s),
             risk=Risk(**risk) if (risk := _risk(call.served.manifest, body.max_risk)) is not None else None,

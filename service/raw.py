@@ -18,6 +18,7 @@ from service.inputs import check_rows
 from service.media import OCTETS
 from service.predict import answer_call
 from service.runtime import Rows
+from service.versions import served_model
 from service.wishes import with_headers, with_query
 
 
@@ -25,7 +26,7 @@ async def predict_raw(request: Request) -> Response:
     """As `service.predict.predict`, for a raw body. It does without FastAPI's dependencies, which take as long as all
     else together."""
     ctx = context_of(request)
-    served = ctx.repository.get(request.path_params["model"])
+    served = served_model(request)
     wishes = with_headers(with_query(request.scope["query_string"]), request.scope["headers"])
     body = await request.body()
     x = _read(body, served.manifest, ctx.settings.max_request_rows)
@@ -36,8 +37,8 @@ async def predict_raw(request: Request) -> Response:
 class RawRoute(Route):
     """Takes raw bodies to the URL of JSON bodies; requests with other content types are left to the routes after it."""
 
-    def __init__(self) -> None:
-        super().__init__("/v1/models/{model}/predict", predict_raw, methods=["POST"], include_in_schema=False)
+    def __init__(self, model_url: str) -> None:
+        super().__init__(f"{model_url}/predict", predict_raw, methods=["POST"], include_in_schema=False)
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """See Starlette."""

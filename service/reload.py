@@ -1,4 +1,4 @@
-"""New versions of models while serving: found in the repository, loaded beside the old, then served instead."""
+"""Versions of models that come and go while serving: found in the repository, loaded beside the others, then served."""
 
 from __future__ import annotations
 
@@ -7,54 +7,90 @@ import logging
 import time
 
 from service.context import Context
+from service.repository import ServedModel
+from service.version_policy import choose
 
 logger = logging.getLogger(__name__)
 
 
 async def watch_repository(context: Context) -> None:
-    """Look for new versions every `poll_s` seconds, for ever; 0: never.
-
-    A version that cannot be loaded keeps the old one serving, and is tried again: it may be a copy that is not whole yet.
-    """
+    """Follow the repository every `poll_s` seconds, for ever; 0: never."""
     poll_s = context.settings.poll_s
-    refused: dict[tuple[str, int], str] = {}
     while poll_s > 0:
         await asyncio.sleep(poll_s)
         try:
-            found = await asyncio.to_thread(context.repository.newer)
+            names = await asyncio.to_thread(context.repository.names_found)
         except OSError as exc:
             logger.warning("the repository cannot be searched for new versions: %s", exc)
             continue
-        for name, version in found:
+        for name in sorted({*names, *context.repository.refused}):
             try:
-                await load_version(context, name, version)
-            except Exception as exc:  # noqa: BLE001 (whatever is wrong with it, the watch goes on)
-                if refused.get((name, version)) != str(exc):  # said once, not every time
-                    logger.error("version %d of %s is not served: %s", version, name, exc)  # noqa: TRY400
-                    context.metrics.reloads.labels(name, "false").inc()
-                refused[name, version] = str(exc)
+                await follow(context, name)
+            except Exception:  # one model less is no reason to look for no more
+                logger.exception("new versions of %s cannot be looked for", name)
 
 
-async def load_version(context: Context, name: str, version: int) -> None:
-    """Serve this version of a model instead of the one served now, without a gap: rows that wait keep the old one.
-    Nothing to do, if it or a later one is served by now; nothing done, if the server is told to stop meanwhile.
+async def follow(context: Context, name: str) -> dict[int, Exception]:
+    """Serve of this model what its settings choose from the versions that are in the repository now and can be loaded.
+    Returns those that cannot, which are tried again next time: a copy may not be whole yet.
+
+    New versions are served before others go, and rows that wait keep the version that they came for, so no request
+    fails. A model of which nothing is left in the repository is served as before: its last version never goes. If the
+    server is told to stop meanwhile nothing more is done.
 
     Raises:
-        BundleError: it is damaged or not whole, or its settings ask for what it does not offer.
+        OSError: the folder cannot be read.
     """
     repository, engine = context.repository, context.engine
     async with context.loading:
-        served = repository.models.get(name)
-        if served is not None and served.version >= version:
-            return
-        model = await asyncio.to_thread(repository.load, name, version)
-        # Beside the inference thread, which goes on serving: what is measured now errs on the slow side, and is corrected.
-        await asyncio.to_thread(model.warm_up, context.settings.max_batch, time.monotonic, lambda: engine.stopping)
-        if model.profile is None:
-            return
-        engine.add(model)
-        before = repository.replace(model)
-        if before is not None:
-            engine.retire(before)
+        found = await asyncio.to_thread(repository.versions_found, name)
+        policy = context.settings.of_model(name).versions
+        failed: dict[int, Exception] = {}
+        while True:
+            chosen = choose(policy, set(found) - failed.keys())
+            served = _served(context, name)
+            missing = [version for version in chosen if version not in served]
+            if not missing:
+                break
+            try:
+                if not await _serve(context, name, missing[0]):
+                    return failed
+            except Exception as exc:  # noqa: BLE001 (whatever is wrong with it, the others are served)
+                failed[missing[0]] = exc
+        for version, model in served.items():
+            if chosen and version not in chosen:
+                repository.remove(model)
+                engine.retire(model)
+                logger.info("version %d of %s is served no more", version, name)
+        _tell(context, name, failed)
+    return failed
+
+
+async def _serve(context: Context, name: str, version: int) -> bool:
+    """Load and warm up a version, and serve it; false if the server is told to stop meanwhile."""
+    repository, engine = context.repository, context.engine
+    model = await asyncio.to_thread(repository.load, name, version)
+    # Beside the inference thread, which goes on serving: what is measured now errs on the slow side, and is corrected.
+    await asyncio.to_thread(model.warm_up, context.settings.max_batch, time.monotonic, lambda: engine.stopping)
+    if model.profile is None:
+        return False
+    engine.add(model)
+    repository.add(model)
     context.metrics.reloads.labels(name, "true").inc()
     logger.info("serving version %d of %s", version, name)
+    return True
+
+
+def _served(context: Context, name: str) -> dict[int, ServedModel]:
+    return {model.version: model for model in context.repository.served if model.name == name}
+
+
+def _tell(context: Context, name: str, failed: dict[int, Exception]) -> None:
+    """Say what is refused and why: in the log once, not every time."""
+    before = context.repository.refused.get(name, {})
+    reasons = {version: str(exc) for version, exc in failed.items()}
+    for version, reason in reasons.items():
+        if before.get(version) != reason:
+            logger.error("version %d of %s is not served: %s", version, name, reason)
+            context.metrics.reloads.labels(name, "false").inc()
+    context.repository.refused[name] = reasons

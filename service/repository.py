@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path as FilePath
@@ -12,15 +13,19 @@ from typing import Protocol
 import numpy as np
 
 from family.choice import climb, pareto_front
-from family.manifest import MANIFEST_FILE, BundleError, Manifest, check_files, load_manifest, sha256_of
+from family.manifest import MANIFEST_FILE, WEIGHTS_FILE, BundleError, Manifest, check_files, load_manifest, sha256_of
 from family.tree import Path
-from service.errors import UnknownModel
+from service.errors import UnknownModel, UnknownVersion
+from service.memory import grown_bytes, resident_bytes
 from service.policy import make_policy
 from service.policy.state import Offer
 from service.profile import LatencyProfile, Parts, Segment, measure_parts, warm_up_profile
 from service.profile_cache import Circumstances, ProfileCache, processor_name
 from service.runtime import Output, Rows, Runtime
 from service.settings import ModelSettings, Settings
+from service.version_policy import choose
+
+logger = logging.getLogger(__name__)
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -48,6 +53,9 @@ class Runner(Protocol):
 class ServedModel:
     """One loaded version of a model. `profile` is there once it is warm; `digest` is the SHA-256 of its manifest.
 
+    `weights_bytes` is the size of its weights' file. `grown_bytes` is by how much the process grew while this was loaded
+    and warmed up, for whatever reason; none where the system does not tell.
+
     Raises:
         BundleError: its settings ask for a depth or a path that it does not offer.
     """
@@ -61,6 +69,8 @@ class ServedModel:
     threads: int = 1
     cache: ProfileCache | None = None
     profile: LatencyProfile | None = None
+    weights_bytes: int = 0
+    grown_bytes: int | None = None
 
     def __post_init__(self) -> None:
         deepest = max(map(len, self.manifest.offered))
@@ -74,6 +84,11 @@ class ServedModel:
             make_policy(self.settings.policy, self.offer(LatencyProfile(nothing), 0))
         except ValueError as exc:
             raise BundleError(f"model {self.name}: policy {exc}") from exc
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """What its metrics are labelled by: model and version."""
+        return self.name, str(self.version)
 
     @property
     def accuracies(self) -> dict[Path, float]:
@@ -99,6 +114,7 @@ class ServedModel:
 
         Gives up, and leaves the model not warm, soon after `stop` says so.
         """
+        resident = resident_bytes()
         rng = np.random.default_rng(0)
         x = rng.random((max_batch, *self.manifest.input.shape[1:]), dtype=np.float32)
         state = rng.standard_normal((max_batch, *self.manifest.state.shape[1:]), dtype=np.float32)
@@ -120,6 +136,8 @@ class ServedModel:
         profile = LatencyProfile(parts)
         segments = [Segment(path, embed=True) for path in dict.fromkeys((self.front[0], self.front[-1]))]
         warm_up_profile(profile, run, segments, clock, stop)
+        grown = grown_bytes(resident)
+        self.grown_bytes = None if self.grown_bytes is None or grown is None else self.grown_bytes + grown
         if not stop():
             self.profile = profile
 
@@ -129,11 +147,14 @@ class ServedModel:
 
 
 class Repository:
-    """The served models by name: of each the highest version; a higher one that cannot be loaded is tried again.
+    """The served models in their served versions, and the folder that they come from.
 
     Args:
         load: opens a version of a model.
         root: the folder of models; none if they are all that there will be.
+
+    Attributes:
+        refused: by model the versions in the folder that should be served and cannot be, with the reason.
     """
 
     def __init__(
@@ -142,39 +163,68 @@ class Repository:
         root: FilePath | None = None,
         load: Callable[[str, int], ServedModel] | None = None,
     ) -> None:
-        self.models = {model.name: model for model in sorted(models, key=lambda model: model.name)}
+        self._models: dict[str, dict[int, ServedModel]] = {}
         self._root = root
         self._load = load
+        self.refused: dict[str, dict[int, str]] = {}
+        for model in models:
+            self.add(model)
 
-    def get(self, name: str) -> ServedModel:
-        """Raises `UnknownModel` with the names that are served."""
+    @property
+    def models(self) -> dict[str, ServedModel]:
+        """By name: of each model the highest version, which answers where none is named."""
+        return {name: next(iter(versions.values())) for name, versions in self._models.items()}
+
+    @property
+    def served(self) -> list[ServedModel]:
+        """All models in all their versions, the highest first."""
+        return [model for versions in self._models.values() for model in versions.values()]
+
+    def versions(self, name: str) -> dict[int, ServedModel]:
+        """The served versions of a model, the highest first. Raises `UnknownModel` with the names that are served."""
         try:
-            return self.models[name]
+            return self._models[name]
         except KeyError:
-            served = list(self.models)
+            served = list(self._models)
             raise UnknownModel(
                 f"no model {name[:80]!r} is served here: expected one of {', '.join(served)}", models=served
             ) from None
 
-    def newest(self) -> dict[str, int]:
-        """The highest version of every model in the folder.
+    def get(self, name: str, version: str | None = None) -> ServedModel:
+        """A model in this version, else in its highest.
 
         Raises:
-            OSError: the folder cannot be read.
+            UnknownModel: with the names that are served.
+            UnknownVersion: with the versions that are served.
         """
-        if self._root is None:
-            return {}
-        folders = [each for each in sorted(self._root.iterdir()) if each.is_dir() and _MODEL_NAME.fullmatch(each.name)]
-        return {folder.name: max(versions) for folder in folders if (versions := _versions(folder))}
+        versions = self.versions(name)
+        for model in versions.values():
+            if version is None or version == str(model.version):
+                return model
+        served = [str(each) for each in versions]
+        raise UnknownVersion(
+            f"version {(version or '')[:20]!r} of {name} is not served here: expected {' or '.join(served)}",
+            versions=served,
+        )
 
-    def newer(self) -> list[tuple[str, int]]:
-        """Models and versions in the folder that are higher than what is served, new models included.
+    def names_found(self) -> list[str]:
+        """The models in the folder.
 
         Raises:
-            OSError: the folder cannot be read.
+            OSError: it cannot be read.
         """
-        served = {name: model.version for name, model in self.models.items()}
-        return [(name, version) for name, version in self.newest().items() if version > served.get(name, 0)]
+        folders = [] if self._root is None else sorted(self._root.iterdir())
+        return [folder.name for folder in folders if _MODEL_NAME.fullmatch(folder.name) and folder.is_dir()]
+
+    def versions_found(self, name: str) -> list[int]:
+        """The versions of a model in the folder; none if there is no such model.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self._root is None or not _MODEL_NAME.fullmatch(name) or not (self._root / name).is_dir():
+            return []
+        return _versions(self._root / name)
 
     def load(self, name: str, version: int) -> ServedModel:
         """Open a version, without serving it yet.
@@ -185,38 +235,66 @@ class Repository:
         assert self._load is not None
         return self._load(name, version)
 
-    def replace(self, model: ServedModel) -> ServedModel | None:
-        """Serve this version from now on; returns the one that was served until now."""
-        before = self.models.get(model.name)
-        self.models = dict(sorted((self.models | {model.name: model}).items()))
-        return before
+    def add(self, model: ServedModel) -> None:
+        """Serve this version from now on, beside the others."""
+        versions = self._models.get(model.name, {}) | {model.version: model}
+        self._models[model.name] = dict(sorted(versions.items(), reverse=True))
+        self._models = dict(sorted(self._models.items()))
+
+    def remove(self, model: ServedModel) -> None:
+        """Serve this version no more. It is not the last of its model."""
+        versions = self._models[model.name]
+        assert len(versions) > 1
+        self._models[model.name] = {version: each for version, each in versions.items() if each is not model}
 
 
 def open_repository(settings: Settings) -> Repository:
-    """Load the highest version of every model in `settings.models`.
+    """Load of every model in `settings.models` the versions that its settings choose.
 
     Raises:
-        BundleError: the folder is missing or empty, or a bundle is damaged; the message names the folder or file.
+        BundleError: the folder is missing or empty, or a bundle is damaged; the message names the folder or file. With
+            `poll_s` 0 also: settings are for a model or a version that is not there.
     """
     root = settings.models
     if not root.is_dir():
         raise BundleError(f"{root} is no folder: expected a model repository, MODEL/VERSION/ (make one with `hbll export`)")
     load = partial(_load, root, settings, ProfileCache(settings.cache_dir))
-    models = []
+    models: list[ServedModel] = []
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.name.startswith("."):
             continue
         if not _MODEL_NAME.fullmatch(folder.name):
             raise BundleError(f"{folder}: expected a model's name of letters, digits, '.', '_' and '-'")
-        versions = _versions(folder)
-        if not versions:
+        found = _versions(folder)
+        if not found:
             raise BundleError(f"{folder} holds no version: expected a folder like {folder / '1'}")
-        models.append(load(folder.name, max(versions)))
+        models.extend(load(folder.name, version) for version in _choose(settings, folder, found))
     if not models:
         raise BundleError(f"{root} holds no model: expected MODEL/VERSION/ folders (make one with `hbll export`)")
-    if unknown := sorted(set(settings.per_model) - {model.name for model in models}):
-        raise BundleError(f"per_model: {root} holds no model {', '.join(unknown)}")
+    names = dict.fromkeys(model.name for model in models)
+    if unknown := sorted(set(settings.per_model) - set(names)):
+        _say_missing(settings, f"per_model: {root} holds no model {', '.join(unknown)}, only {', '.join(names)}")
     return Repository(models, root, load)
+
+
+def _choose(settings: Settings, folder: FilePath, found: Collection[int]) -> list[int]:
+    """The versions of a model to begin with."""
+    wanted = settings.of_model(folder.name).versions
+    chosen = choose(wanted, found)
+    there = ", ".join(map(str, sorted(found)))
+    if not chosen:
+        raise BundleError(f"model {folder.name}: {folder} holds none of the versions {wanted}, only {there}")
+    if isinstance(wanted, tuple) and (missing := sorted(set(wanted) - set(found))):
+        named = ", ".join(map(str, missing))
+        _say_missing(settings, f"model {folder.name}: {folder} does not hold version {named}, only {there}")
+    return chosen
+
+
+def _say_missing(settings: Settings, message: str) -> None:
+    """What is named and not there may come later, if it is looked for; else it is a mistake."""
+    if settings.poll_s == 0:
+        raise BundleError(message)
+    logger.warning("%s: is that a mistake? If it comes later, it is served as set", message)
 
 
 def _versions(folder: FilePath) -> list[int]:
@@ -225,8 +303,20 @@ def _versions(folder: FilePath) -> list[int]:
 
 def _load(root: FilePath, settings: Settings, cache: ProfileCache, name: str, version: int) -> ServedModel:
     bundle = root / name / str(version)
+    resident = resident_bytes()
     manifest = load_manifest(bundle)
     check_files(bundle, manifest)
     runtime = Runtime(bundle, manifest, threads=settings.threads, device=settings.device)
-    digest = sha256_of(bundle / MANIFEST_FILE)
-    return ServedModel(name, version, manifest, runtime, settings.of_model(name), digest, settings.threads, cache)
+    model = ServedModel(
+        name,
+        version,
+        manifest,
+        runtime,
+        settings.of_model(name),
+        sha256_of(bundle / MANIFEST_FILE),
+        settings.threads,
+        cache,
+        weights_bytes=(bundle / WEIGHTS_FILE).stat().st_size,
+    )
+    model.grown_bytes = grown_bytes(resident)
+    return model

@@ -175,17 +175,43 @@ class StreamEnd(_Schema):
 
 
 class ModelSummary(_Schema):
-    """A served model."""
+    """A served model in one version."""
 
     name: str
     version: int
     ready: bool
+    versions: list[int] = Field(
+        description="all that are served, highest first; the first answers where none is named", examples=[[3, 2]]
+    )
 
 
 class ModelList(_Schema):
     """All served models."""
 
     models: list[ModelSummary]
+
+
+class VersionSummary(_Schema):
+    """A version of a model."""
+
+    version: int
+    ready: bool
+    default: bool = Field(description="answers where no version is named")
+    reason: str | None = Field(
+        description="why it is not served, although it should be",
+        examples=["models/digits/3/weights.bin is truncated or changed: ... Copy the bundle again, whole"],
+    )
+
+
+class ModelVersions(_Schema):
+    """The versions of a model, highest first: those that are served, and those that should be and cannot."""
+
+    name: str
+    policy: Literal["latest", "all"] | int | list[int] = Field(
+        description="the setting `versions`: latest, all, how many of the highest, or a list",
+        examples=["latest", 2, [1, 3]],
+    )
+    versions: list[VersionSummary]
 
 
 class PathSummary(_Schema):
@@ -199,8 +225,27 @@ class PathSummary(_Schema):
     latency_ms: float | None = Field(description="one row, measured here at warm-up (a high quantile); null until warm")
     flops: int
     parameters: int
+    weights_bytes: int = Field(
+        description="what its parameters take in FP32: what it would hold by itself, and shares with the other paths here",
+        examples=[90856],
+    )
     pareto: bool = Field(description="no path of as few or fewer blocks is as accurate")
     best_of_depth: bool = Field(description="what `depth` chooses")
+
+
+class ModelMemory(_Schema):
+    """What a version takes in memory."""
+
+    weights_bytes: int = Field(description="its weights on disk: of all paths together, once", examples=[835776])
+    separate_bytes: int = Field(
+        description="the weights of all served paths, if each were loaded by itself", examples=[8338600]
+    )
+    grown_bytes: int | None = Field(
+        description="by how much the server's memory (proportional set size) grew while this version was loaded and "
+        "measured, whatever else it did meanwhile; the first model also pays for the runtime, and what an earlier version "
+        "left is used again; null where the system does not tell",
+        examples=[9224192],
+    )
 
 
 class ModelDetail(ModelSummary):
@@ -212,6 +257,7 @@ class ModelDetail(ModelSummary):
     reference: str = Field(description="the path that is best on validation")
     climb: list[str] = Field(description="where a request with min_confidence or max_risk is answered, in order")
     risk_levels: list[float] = Field(description="what max_risk can be")
+    memory: ModelMemory
     paths: list[PathSummary]
 
 
@@ -289,7 +335,9 @@ class Readiness(Ready):
     """The same, and what an operator has to know."""
 
     drift_alarms: dict[str, list[float]] = Field(
-        default_factory=dict, description="certified levels that audits have refuted, by model; they no longer exit early"
+        default_factory=dict,
+        description="certified levels that audits have refuted, by model; they no longer exit early "
+        "(in which versions: /v1/models/{model}/versions/{version}/audits)",
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.policy import DEFAULT_POLICY, check_policy_name
+from service.version_policy import Versions
 
 _PREFIX = "HBLL_"
 
@@ -45,6 +46,10 @@ class ModelSettings(BaseModel):
     audit_rate: float = Field(
         0.01, ge=0, le=1, description="share of requests with max_risk that are compared with the reference path"
     )
+    versions: Versions = Field(
+        "latest",
+        description="which versions are served: latest, how many of the highest, all, or a list like [1, 3]",
+    )
 
     @field_validator("policy")
     @classmethod
@@ -73,12 +78,12 @@ class Settings(BaseSettings, ModelSettings):
     poll_s: float = Field(
         10.0,
         ge=0,
-        description="how often the repository is searched for new versions, which then replace the old; 0: never",
+        description="how often the repository is searched for versions that have come or gone; 0: never",
     )
     per_model: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="what of policy, min_depth, default_latency_budget_ms and audit_rate is different for single models, "
-        'as JSON like {"digits": {"min_depth": 2}}',
+        description="what of policy, min_depth, default_latency_budget_ms, audit_rate and versions is different for single "
+        'models, as JSON like {"digits": {"min_depth": 2}}',
     )
 
     def of_model(self, name: str) -> ModelSettings:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 
 from export.bundle import export_bundle
 from family.manifest import Manifest, load_manifest
@@ -21,6 +22,10 @@ from training.checkpoint import load_family, load_origin
 from training.config import RunConfig, TrainConfig, VitConfig
 from training.data import Digits, load_digits
 from training.trainer import train
+
+# How fast a shared machine makes up examples says nothing about the code.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 SMALL_VIT = VitConfig(hierarchy_depth=3, patch=14, width=16, heads=2, hidden=16)
 

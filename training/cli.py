@@ -20,6 +20,7 @@ from training.evaluate import METRICS_FILE, PathScore, measure, write_metrics
 from training.methods import METHODS, steps_of, trained_paths
 from training.model import Family, build_family
 from training.plots import plot_accuracy_over_depth, plot_history
+from training.report import Record, write_report
 from training.trainer import LOG_FILE, History, Report, TrainingDiverged
 from training.trainer import train as run_training
 
@@ -48,6 +49,13 @@ def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> tu
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as exc:
         raise click.BadParameter(f"expected numbers with commas between them, got {text!r}") from exc
+
+
+def _rates(_context: click.Context, _option: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
+    except ValueError as exc:
+        raise click.BadParameter(f"expected learning rates with commas between them, got {text!r}") from exc
 
 
 _config = click.option(
@@ -127,6 +135,12 @@ def train(
     "--methods", default=",".join(METHODS), callback=_method_names, help="With commas between them.  [default: all]"
 )
 @click.option("--seeds", default="0,1,2", show_default=True, callback=_numbers, help="With commas between them.")
+@click.option(
+    "--rates", default="", callback=_rates, help="Learning rates to choose from for every method, with commas between them."
+)
+@click.option(
+    "--tuning-seeds", default="100", show_default=True, callback=_numbers, help="Of the runs that decide about --rates."
+)
 @_budget
 @_set
 @_threads
@@ -135,6 +149,8 @@ def compare(
     out: Path,
     methods: tuple[MethodName, ...],
     seeds: tuple[int, ...],
+    rates: tuple[float, ...],
+    tuning_seeds: tuple[int, ...],
     budget: float | None,
     settings: dict[str, object],
     threads: int,
@@ -143,7 +159,8 @@ def compare(
 
     Every method but bp trains one family: for all of --budget, and for as many epochs as separate networks of 1..D and of
     all blocks get when they share --budget. These networks are what bp means here; they are also trained for as many
-    steps as the first of the other methods.
+    steps as the first of the other methods. With --rates, every method and every separate network first gets the rate
+    that is best on validation data at the seeds --tuning-seeds, which the comparison itself should not use.
 
     The folder --out gets comparison.md, comparison.csv, comparison.png, and the runs. A run that is finished is not
     repeated and one that was killed goes on: give the same command again. Processes with different --seeds can share
@@ -152,16 +169,22 @@ def compare(
     \b
     Examples:
       hbll compare --config training/configs/digits.toml
+      hbll compare --config training/configs/resmlp.toml --rates 1e-3,2e-3,4e-3,8e-3
       hbll compare --methods hbll+chains,exits,bp --seeds 0 --budget 13 --out runs/smoke
     """
     torch.set_num_threads(threads)
     given: dict[str, object] = {} if budget is None else {"train.budget": budget}
     try:
         base = load_config(config, given | settings)
-        jobs = comparison.plan(base, methods, seeds, TRAINING_IMAGES)
+        tuning = comparison.plan_tuning(base, methods, tuning_seeds, rates)
+        comparison.plan(base, methods, seeds, TRAINING_IMAGES)  # what cannot be is told before hours of tuning
         data = load_digits(base.data.shift)
-        records = _run_with_bar(jobs, out, data)
-        text = comparison.write_report(base, jobs, records, out)
+        tuned = _run_with_bar("tuning", tuning, out, data) if tuning else []
+        jobs = comparison.plan(base, methods, seeds, TRAINING_IMAGES, comparison.choose_rates(base, tuned))
+        found = tuned + _run_with_bar("comparing", jobs, out, data)
+        records = [record for _, of_run in found for record in of_run]
+        sizes = comparison.separate_blocks(algebra.Tree(base.model.hierarchy_depth))
+        text = write_report(base, sizes, seeds, records, out)
     except (ConfigError, CheckpointError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(text)
@@ -216,10 +239,12 @@ def _accuracy_line(tree: algebra.Tree, scores: dict[algebra.Path, PathScore]) ->
     return "  ".join(f"{depth}:{100 * scores[path].accuracy:.1f}" for depth, path in best.items()) + " %"
 
 
-def _run_with_bar(jobs: list[comparison.Job], out: Path, data: Digits) -> list[comparison.Record]:
-    """All runs of a comparison; one that diverges is named and left out."""
+def _run_with_bar(
+    what: str, jobs: list[comparison.Job], out: Path, data: Digits
+) -> list[tuple[comparison.Job, list[Record]]]:
+    """All runs and what they found; one that diverges is named and left out."""
     work = sum(job.config.train.budget for job in jobs) * len(data.train)
-    console.print(f"{len(jobs)} runs, {work / 1e6:.1f} million block evaluations")
+    console.print(f"{what}: {len(jobs)} runs, {work / 1e6:.1f} million block evaluations")
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
@@ -228,9 +253,9 @@ def _run_with_bar(jobs: list[comparison.Job], out: Path, data: Digits) -> list[c
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    records: list[comparison.Record] = []
+    finished: list[tuple[comparison.Job, list[Record]]] = []
     with Progress(*columns, console=console, refresh_per_second=4) as bar:
-        task = bar.add_task("comparing", total=work)
+        task = bar.add_task(what, total=work)
         done = 0.0
         for index, job in enumerate(jobs):
             of_run = job.config.train.budget * len(data.train)
@@ -241,14 +266,14 @@ def _run_with_bar(jobs: list[comparison.Job], out: Path, data: Digits) -> list[c
 
             try:
                 found = comparison.run(job, out, data, on_step)
-                records += found
+                finished.append((job, found))
                 reference = max(found, key=lambda record: record.validation_accuracy)
                 console.print(f"{job.name}: {100 * reference.test_accuracy:.1f} % on path {reference.path}")
             except TrainingDiverged as exc:
                 console.print(f"{job.name}: [red]left out:[/red] {exc}")
             done += of_run
             bar.update(task, completed=done)
-    return records
+    return finished
 
 
 def _describe(run: RunConfig) -> None:

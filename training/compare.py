@@ -1,4 +1,4 @@
-"""The comparison of methods: which runs it needs, running them, and the report of them all.
+"""The comparison of methods: which runs it needs, how their learning rates are chosen, and running them.
 
 Every family gets two budgets, and so do separate networks of 1..D and of N-1 blocks, which are trained by ordinary
 backpropagation. With B block evaluations per training image as the budget, and E = B / (the sum of those blocks):
@@ -8,31 +8,31 @@ backpropagation. With B block evaluations per training image as the budget, and 
 - equal *steps*: each of the separate networks takes as many optimizer steps as the first family of the list at equal
   work. The networks together then cost more than B.
 
+Learning rates can be chosen for every method, and for every separate network, by *tuning* runs at equal work with seeds
+of their own, on validation data.
+
 A run that is finished is not run again, and one that was killed goes on, so a comparison can be stopped, or shared among
-processes by seeds, and reported when all is there.
+processes by seeds, and reported when all is there. What came out is told by `training.report`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Literal
 
 from family.tree import Path, Tree, format_path
-from training.checkpoint import CheckpointError, load_run_config, write_atomically
+from training.checkpoint import CheckpointError, load_run_config
 from training.config import MethodName, RunConfig, parse_config
 from training.data import Digits
 from training.evaluate import METRICS_FILE, PathMetrics, measure, read_metrics, write_metrics
 from training.methods import METHODS, steps_of, trained_paths
-from training.plots import plot_comparison
+from training.report import Matched, Record
 from training.trainer import Report, train
 
-Matched = Literal["work", "epochs", "steps"]
+Rates = Mapping[tuple[MethodName, int | None], float]
+"""Peak learning rates by method and, for separate networks, blocks; what is not in it keeps the base's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,51 +44,15 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of the run's folder: `chains-work-seed0`, `bp3-steps-seed1`."""
+        """Of the run's folder: `chains-work-seed0`, `bp3-steps-seed1`, `chains-lr0.001-seed100` of a tuning run."""
         settings = self.config.train
-        return f"{settings.method}{settings.blocks or ''}-{self.matched}-seed{settings.seed}"
+        kind = f"lr{settings.lr:g}" if self.matched == "tuning" else self.matched
+        return f"{settings.method}{settings.blocks or ''}-{kind}-seed{settings.seed}"
 
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One path of one run: a line of the CSV. `evaluations` are per training image, accuracies 0..1."""
-
-    method: MethodName
-    matched: Matched
-    seed: int
-    epochs: float
-    evaluations: float
-    path: str
-    depth: int
-    best_of_depth: bool
-    validation_accuracy: float
-    test_accuracy: float
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean over seeds and its standard error, which one seed does not give."""
-
-    mean: float
-    error: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """From one value a seed."""
-        return cls(statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A method at one budget. `evaluations` per image are those of all its networks; accuracies are on test data."""
-
-    method: MethodName
-    matched: Matched
-    seeds: int
-    epochs: float
-    evaluations: float
-    by_depth: dict[int, Estimate]
-    all_paths: Estimate
+    @property
+    def trained(self) -> tuple[MethodName, int | None]:
+        """The method, and the blocks of a separate network: what has a learning rate of its own."""
+        return self.config.train.method, self.config.train.blocks
 
 
 def separate_blocks(tree: Tree) -> tuple[int, ...]:
@@ -96,8 +60,10 @@ def separate_blocks(tree: Tree) -> tuple[int, ...]:
     return tuple(sorted({*range(1, tree.hierarchy_depth + 1), len(tree.nodes)}))
 
 
-def plan(base: RunConfig, methods: Sequence[MethodName], seeds: Sequence[int], images: int) -> list[Job]:
-    """All runs, seed by seed; only `base`'s method, blocks, seed and budget are replaced.
+def plan(
+    base: RunConfig, methods: Sequence[MethodName], seeds: Sequence[int], images: int, rates: Rates | None = None
+) -> list[Job]:
+    """All runs, seed by seed; only `base`'s method, blocks, seed, budget and learning rate are replaced.
 
     Raises:
         ConfigError: a method or seed cannot be.
@@ -106,18 +72,55 @@ def plan(base: RunConfig, methods: Sequence[MethodName], seeds: Sequence[int], i
     sizes = separate_blocks(tree)
     epochs = base.train.budget / sum(sizes)
     families = [method for method in methods if method != "bp"]
+    changed = _Changes(base, rates or {})
     jobs = []
     for seed in seeds:
-        at_work = [_changed(base, method, seed, base.train.budget) for method in families]
+        at_work = [changed(method, seed, base.train.budget) for method in families]
         for config in at_work:
             jobs.append(Job("work", config))
-            jobs.append(Job("epochs", _changed(base, config.train.method, seed, epochs * _evaluations(config))))
+            jobs.append(Job("epochs", changed(config.train.method, seed, epochs * _evaluations(config))))
         if "bp" in methods:
-            jobs += [Job("work", _changed(base, "bp", seed, epochs * blocks, blocks)) for blocks in sizes]
+            jobs += [Job("work", changed("bp", seed, epochs * blocks, blocks)) for blocks in sizes]
         if "bp" in methods and at_work:
             longer = steps_of(at_work[0], tree, images) * base.train.batch / images
-            jobs += [Job("steps", _changed(base, "bp", seed, longer * blocks, blocks)) for blocks in sizes]
+            jobs += [Job("steps", changed("bp", seed, longer * blocks, blocks)) for blocks in sizes]
     return jobs
+
+
+def plan_tuning(
+    base: RunConfig, methods: Sequence[MethodName], seeds: Sequence[int], candidates: Sequence[float]
+) -> list[Job]:
+    """The runs that decide about learning rates: every method, and every separate network, at equal work.
+
+    Raises:
+        ConfigError: a method, seed or rate cannot be.
+    """
+    sizes = separate_blocks(Tree(base.model.hierarchy_depth))
+    epochs = base.train.budget / sum(sizes)
+    jobs = []
+    for method in methods:
+        for blocks in sizes if method == "bp" else (None,):
+            budget = base.train.budget if blocks is None else epochs * blocks
+            for lr in candidates:
+                changed = _Changes(base, {(method, blocks): lr})
+                jobs += [Job("tuning", changed(method, seed, budget, blocks)) for seed in seeds]
+    return jobs
+
+
+def choose_rates(
+    base: RunConfig, results: Iterable[tuple[Job, Sequence[Record]]]
+) -> dict[tuple[MethodName, int | None], float]:
+    """Of each method and separate network the rate with the best validation accuracy, the mean over the tuning seeds and
+    over the reported depths. A rate of which a run diverged, and so is missing from `results`, has its other runs only.
+    """
+    sizes = separate_blocks(Tree(base.model.hierarchy_depth))
+    scores: dict[tuple[MethodName, int | None], dict[float, list[float]]] = {}
+    for job, records in results:
+        reported = [r.validation_accuracy for r in records if r.best_of_depth and r.depth in sizes]
+        scores.setdefault(job.trained, {}).setdefault(job.config.train.lr, []).append(statistics.mean(reported))
+    return {
+        trained: max(by_rate, key=lambda lr: (statistics.mean(by_rate[lr]), -lr)) for trained, by_rate in scores.items()
+    }
 
 
 def run(job: Job, out: FilePath, data: Digits, on_step: Callable[[Report], None]) -> list[Record]:
@@ -137,60 +140,17 @@ def run(job: Job, out: FilePath, data: Digits, on_step: Callable[[Report], None]
     return _records(job, metrics)
 
 
-def summarise(records: Iterable[Record]) -> list[Row]:
-    """Means over seeds by method and budget, in the order of their first records."""
-    groups: dict[tuple[MethodName, Matched], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.method, record.matched), []).append(record)
-    return [_row(method, matched, members) for (method, matched), members in groups.items()]
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """Makes a run's configuration out of the base's."""
 
+    base: RunConfig
+    rates: Rates
 
-def write_report(base: RunConfig, jobs: Sequence[Job], records: Sequence[Record], out: FilePath) -> str:
-    """Write `comparison.csv`, `comparison.md` and `comparison.png` under `out` and return the Markdown.
-
-    Raises:
-        ValueError: there are no records, because every run diverged.
-    """
-    if not records:
-        raise ValueError("every run diverged: there is nothing to report")
-    rows = summarise(records)
-    text = markdown(base, jobs, rows)
-    write_atomically(out / "comparison.csv", _csv(records).encode())
-    write_atomically(out / "comparison.md", text.encode())
-    plot_comparison(_panels(rows), f"{base.name}: the validation-best path of each depth", out / "comparison.png")
-    return text
-
-
-def markdown(base: RunConfig, jobs: Sequence[Job], rows: Sequence[Row]) -> str:
-    """The table of the comparison, with what one must know to read it."""
-    seeds = sorted({job.config.train.seed for job in jobs})
-    sizes = separate_blocks(Tree(base.model.hierarchy_depth))
-    columns = [f"{depth} block{'s' * (depth > 1)}" for depth in sizes]
-    header = ["method", "matched by", "seeds", "epochs", "evaluations", *columns, "all paths"]
-    lines = [_line(header), _line(["---", "---", *["--:"] * (len(header) - 2)])]
-    for row in rows:
-        cells = [_cell(row.by_depth.get(depth)) for depth in sizes]
-        name = "`bp`, separate networks" if row.method == "bp" else f"`{row.method}`"
-        seeds_of = f"{row.seeds} of {len(seeds)}" if row.seeds < len(seeds) else str(row.seeds)
-        all_paths = "" if row.method == "bp" else _cell(row.all_paths)
-        lines.append(_line([name, row.matched, seeds_of, f"{row.epochs:.1f}", f"{row.evaluations:.0f}", *cells, all_paths]))
-    settings = base.train
-    note = (
-        "Test accuracy in % of the path of each depth that is best on validation data, and the mean over all paths that "
-        f"the method trains: mean over the seeds {', '.join(map(str, seeds))} ± standard error of the mean. Model "
-        f"{base.model.kind}, batch {settings.batch}, peak learning rate {settings.lr:g} for every method, which need not "
-        "be the best for each. `evaluations`: block evaluations per training image, of all networks of a row together. A "
-        "seed that is missing diverged."
-    )
-    if any(row.matched == "steps" for row in rows):
-        first = next(job.config.train.method for job in jobs if job.config.train.method != "bp")
-        note += f" Separate networks matched by steps take as many as `{first}` at equal work."
-    return "\n".join([f"# {base.name}: methods compared", "", textwrap.fill(note, 120), "", *lines, ""])
-
-
-def _changed(base: RunConfig, method: MethodName, seed: int, budget: float, blocks: int | None = None) -> RunConfig:
-    settings = base.train.model_dump() | {"method": method, "seed": seed, "budget": budget, "blocks": blocks}
-    return parse_config(base.model_dump() | {"train": settings}, "the comparison")
+    def __call__(self, method: MethodName, seed: int, budget: float, blocks: int | None = None) -> RunConfig:
+        settings = self.base.train.model_dump() | {"method": method, "seed": seed, "budget": budget, "blocks": blocks}
+        settings["lr"] = self.rates.get((method, blocks), self.base.train.lr)
+        return parse_config(self.base.model_dump() | {"train": settings}, "the comparison")
 
 
 def _evaluations(config: RunConfig) -> float:
@@ -214,6 +174,7 @@ def _records(job: Job, metrics: Mapping[Path, PathMetrics]) -> list[Record]:
             settings.method,
             job.matched,
             settings.seed,
+            settings.lr,
             epochs,
             settings.budget,
             format_path(path),
@@ -224,56 +185,3 @@ def _records(job: Job, metrics: Mapping[Path, PathMetrics]) -> list[Record]:
         )
         for path, result in metrics.items()
     ]
-
-
-def _row(method: MethodName, matched: Matched, records: Sequence[Record]) -> Row:
-    by_seed: dict[int, list[Record]] = {}
-    for record in records:
-        by_seed.setdefault(record.seed, []).append(record)
-    best = [record for record in records if record.best_of_depth]
-    networks = {record.depth: record.evaluations for record in records}  # for bp, which has a network of each depth
-    return Row(
-        method,
-        matched,
-        len(by_seed),
-        records[0].epochs,
-        sum(networks.values()) if method == "bp" else records[0].evaluations,
-        {
-            depth: Estimate.of([record.test_accuracy for record in best if record.depth == depth])
-            for depth in sorted({record.depth for record in best})
-        },
-        Estimate.of([statistics.mean(record.test_accuracy for record in members) for members in by_seed.values()]),
-    )
-
-
-def _panels(rows: Sequence[Row]) -> dict[str, dict[str, dict[int, tuple[float, float]]]]:
-    """What is drawn: panel -> label -> depth -> (mean, standard error). Separate networks of E epochs are in both."""
-    panels: dict[str, dict[str, dict[int, tuple[float, float]]]] = {"equal work": {}, "equal epochs": {}}
-    for row in rows:
-        curve = {depth: (estimate.mean, estimate.error or 0.0) for depth, estimate in row.by_depth.items()}
-        if row.matched == "steps":
-            panels["equal work"]["bp, equal steps"] = curve
-        elif row.method == "bp":
-            panels["equal work"]["bp, together"] = panels["equal epochs"]["bp"] = curve
-        else:
-            panels[f"equal {row.matched}"][row.method] = curve
-    return panels
-
-
-def _csv(records: Sequence[Record]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Record)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(map(asdict, records))
-    return text.getvalue()
-
-
-def _cell(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    mean = f"{100 * estimate.mean:.1f}"
-    return mean if estimate.error is None else f"{mean} ± {100 * estimate.error:.1f}"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"

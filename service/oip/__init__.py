@@ -7,7 +7,6 @@ and statistics, github.com/triton-inference-server/server, docs/protocol. Only w
     tensors.py     tensors  <->  rows of the model and its answers
     infer.py       the route that answers
     routes.py      the routes that tell: metadata, health, configuration, statistics, index
-    versions.py    models and their versions in URLs
     statistics.py  the server's metrics as the statistics extension has them
     schemas.py     the bodies
 """

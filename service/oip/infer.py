@@ -14,9 +14,9 @@ from service.errors import ServiceError
 from service.media import JSON, OCTETS, reading
 from service.oip.schemas import InferenceParameters, InferenceRequest, InferenceResponse
 from service.oip.tensors import read_rows, require_input, require_outputs
-from service.oip.versions import for_models, served_model
 from service.oip.wire import HEADER_LENGTH, read_parameters, read_request, write_response
 from service.presence import while_connected
+from service.versions import for_models, served_model
 from service.wishes import HEADER_PARAMETERS, with_headers
 
 router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS, unnamed=True))
@@ -66,6 +66,7 @@ _DESCRIBED = {
 
 @for_models(
     router,
+    "/v2",
     "POST",
     "/infer",
     tags=["open inference protocol"],

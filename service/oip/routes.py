@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from enum import Enum
 from importlib.metadata import version as installed_version
 from typing import Literal
@@ -28,11 +27,12 @@ from service.oip.schemas import (
 )
 from service.oip.statistics import statistics_of
 from service.oip.tensors import OUTPUTS
-from service.oip.versions import Served, for_models
-from service.reload import load_version
+from service.reload import follow
 from service.repository import ServedModel
 from service.responses import describe
 from service.schemas import Live, Ready
+from service.version_policy import Versions
+from service.versions import Served, for_models
 
 router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS, unnamed=True))
 
@@ -66,17 +66,17 @@ async def ready(ctx: Ctx) -> Ready:
 @router.get("/v2/models/stats", tags=_TAGS, responses=errors(500))
 async def all_statistics(ctx: Ctx) -> Statistics:
     """The statistics of all models. Before the routes of one, which would take `stats` for a model's name."""
-    return Statistics(model_stats=[statistics_of(ctx.metrics, served) for served in ctx.repository.models.values()])
+    return Statistics(model_stats=[statistics_of(ctx.metrics, served) for served in ctx.repository.served])
 
 
-@for_models(router, "GET", "", tags=_TAGS, responses=errors(404, 500))
-async def describe_model(served: Served) -> ModelMetadata:
+@for_models(router, "/v2", "GET", "", tags=_TAGS, responses=errors(404, 500))
+async def describe_model(served: Served, ctx: Ctx) -> ModelMetadata:
     """The model as a function of tensors. `/v1/models/{model}` tells what depths it has."""
     manifest = served.manifest
     spec = manifest.input
     return ModelMetadata(
         name=served.name,
-        versions=[str(served.version)],
+        versions=[str(version) for version in ctx.repository.versions(served.name)],
         platform=_PLATFORM,
         inputs=[TensorMetadata(name=spec.name, datatype=spec.datatype, shape=list(spec.shape))],
         outputs=[
@@ -86,7 +86,7 @@ async def describe_model(served: Served) -> ModelMetadata:
     )
 
 
-@for_models(router, "GET", "/ready", tags=_TAGS, responses=errors(404, 500, 503))
+@for_models(router, "/v2", "GET", "/ready", tags=_TAGS, responses=errors(404, 500, 503))
 async def model_ready(served: Served, ctx: Ctx) -> ModelReady:
     """200 once the model answers, 503 until then and while shutting down."""
     if _state(ctx, served) != "READY":
@@ -95,7 +95,7 @@ async def model_ready(served: Served, ctx: Ctx) -> ModelReady:
     return ModelReady(name=served.name, ready=True)
 
 
-@for_models(router, "GET", "/config", tags=_TAGS, response_model_exclude_none=True, responses=errors(404, 500))
+@for_models(router, "/v2", "GET", "/config", tags=_TAGS, response_model_exclude_none=True, responses=errors(404, 500))
 async def configuration(served: Served, ctx: Ctx) -> ModelConfig:
     """The model configuration extension: tensors without the axis of rows."""
     manifest = served.manifest
@@ -114,13 +114,16 @@ async def configuration(served: Served, ctx: Ctx) -> ModelConfig:
         input=[config(manifest.input.name, manifest.input.datatype, list(manifest.input.shape[1:]))],
         output=[config(each.name, each.datatype, each.shape(-1, manifest)[1:]) for each in OUTPUTS.values()],
         dynamic_batching={},
+        version_policy=_version_policy(ctx.settings.of_model(served.name).versions),
     )
 
 
-@for_models(router, "GET", "/stats", tags=_TAGS, responses=errors(404, 500))
-async def model_statistics(served: Served, ctx: Ctx) -> Statistics:
-    """What the model has done since the server became ready."""
-    return Statistics(model_stats=[statistics_of(ctx.metrics, served)])
+@for_models(router, "/v2", "GET", "/stats", tags=_TAGS, responses=errors(404, 500))
+async def model_statistics(served: Served, request: Request, ctx: Ctx) -> Statistics:
+    """What the model has done since the server became ready; without a version in the URL, all its versions."""
+    named = "version" in request.path_params
+    versions = [served] if named else ctx.repository.versions(served.name).values()
+    return Statistics(model_stats=[statistics_of(ctx.metrics, each) for each in versions])
 
 
 @router.post(
@@ -130,7 +133,7 @@ async def model_statistics(served: Served, ctx: Ctx) -> Statistics:
     openapi_extra={"requestBody": {"content": {JSON: {"schema": IndexRequest.model_json_schema()}}}},
 )
 async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
-    """The models that are served, in the one version of each that is. The body may be empty."""
+    """The models in all versions that are served, and those that should be and cannot. The body may be empty."""
     body = await request.body()
     try:
         asked = IndexRequest.model_validate_json(body or b"{}")
@@ -138,7 +141,11 @@ async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
         raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
     entries = [
         IndexEntry(name=served.name, version=str(served.version), state=_state(ctx, served), reason="")
-        for served in ctx.repository.models.values()
+        for served in ctx.repository.served
+    ] + [
+        IndexEntry(name=name, version=str(version), state="UNAVAILABLE", reason=reason)
+        for name, refused in ctx.repository.refused.items()
+        for version, reason in refused.items()
     ]
     return [entry for entry in entries if entry.state == "READY" or not asked.ready]
 
@@ -150,8 +157,8 @@ async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
     openapi_extra={"requestBody": {"content": {JSON: {"schema": LoadRequest.model_json_schema()}}}},
 )
 async def load(model: str, request: Request, ctx: Ctx) -> Response:
-    """Serve the highest version of the model in the repository, now rather than when it is searched next. The body may be
-    empty; what clients could give in it, another configuration or other files, is not taken."""
+    """Serve the versions of the model that its settings choose from the repository, now rather than when it is searched
+    next. The body may be empty; what clients could give in it, another configuration or other files, is not taken."""
     try:
         LoadRequest.model_validate_json(await request.body() or b"{}")
     except ValidationError as exc:
@@ -159,9 +166,8 @@ async def load(model: str, request: Request, ctx: Ctx) -> Response:
     if not ctx.ready:
         raise NotReady("the server is warming up or shutting down: ask again in a second")
     try:
-        newest = await asyncio.to_thread(ctx.repository.newest)
-        if model in newest:
-            await load_version(ctx, model, newest[model])
+        for failure in (await follow(ctx, model)).values():
+            raise failure
     except (BundleError, OSError) as exc:
         raise BadRequest(f"{model} cannot be loaded: {exc}") from exc
     ctx.repository.get(model)  # or 404
@@ -170,12 +176,21 @@ async def load(model: str, request: Request, ctx: Ctx) -> Response:
 
 @router.post("/v2/repository/models/{model}/unload", tags=_TAGS, responses=errors(404, 413, 415, 422, 500, 501))
 async def unload(model: str, ctx: Ctx) -> None:
-    """Not served: a model is replaced by its next version, and else served as long as the server runs."""
+    """Not served: which versions are is said by the settings and by what is in the repository."""
     ctx.repository.get(model)
-    raise NotSupported("models are not unloaded while the server runs, but replaced by their next version")
+    raise NotSupported("models are not unloaded by request: take a version out of the repository")
 
 
 def _state(ctx: Context, served: ServedModel) -> Literal["READY", "LOADING", "UNAVAILABLE"]:
-    if ctx.ready and served.profile is not None:
+    if ctx.answers(served):
         return "READY"
     return "UNAVAILABLE" if ctx.warm else "LOADING"
+
+
+def _version_policy(versions: Versions) -> dict[str, dict[str, int | list[int]]]:
+    """As Triton's model configuration has it."""
+    if versions == "all":
+        return {"all": {}}
+    if isinstance(versions, tuple):
+        return {"specific": {"versions": list(versions)}}
+    return {"latest": {"num_versions": 1 if versions == "latest" else versions}}

@@ -173,6 +173,9 @@ class ModelConfig(_Object):
     input: list[TensorConfig]
     output: list[TensorConfig]
     dynamic_batching: dict[str, Any] = Field(description="that there is some")
+    version_policy: dict[str, Any] = Field(
+        description="which versions are served: latest, all, or specific ones", examples=[{"latest": {"num_versions": 1}}]
+    )
 
 
 class Duration(_Object):
@@ -226,7 +229,7 @@ class LoadRequest(_Object):
 
 
 class IndexEntry(_Object):
-    """A model of the repository."""
+    """A version of a model; `reason` says why one that should be served is not."""
 
     name: str
     version: str

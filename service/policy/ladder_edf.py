@@ -20,7 +20,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 from service.policy.joining import join
@@ -36,6 +36,9 @@ _SPARE_SHARE = 0.5  # of the time that first answers can spare, for deeper work
 _FORGETTING = 1.02  # the factor by which the tightest budget is relaxed with every arrival
 
 Queues = dict[Segment, SortedQueue[Row]]
+
+_Due = tuple[float, float]
+"""When a batch is due, and how long it takes."""
 
 
 class _Deeper(NamedTuple):
@@ -125,7 +128,7 @@ class LadderEdf:
 
     def spare_s(self, now_s: float) -> float:
         """See `Policy`."""
-        return self._spare_s(now_s, self._batches())
+        return self._spare_s(now_s, chain.from_iterable(self._batches().values()))
 
     def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
         """See `Policy`."""
@@ -184,9 +187,12 @@ class LadderEdf:
         return tuple(steps)
 
     def _choose(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment | None]:
-        deeper = self._best_deeper(now_s, min(spare_s, _SPARE_SHARE * self.spare_s(now_s))) if self._deeper else None
-        if any(self._first.values()) and (deeper is None or deeper.rate <= self._first_rate()):
-            return self._first_answers(now_s, spare_s)
+        batches, deeper = self._batches(), None
+        if self._deeper:
+            first_spare_s = self._spare_s(now_s, chain.from_iterable(batches.values()))
+            deeper = self._best_deeper(now_s, min(spare_s, _SPARE_SHARE * first_spare_s))
+        if batches and (deeper is None or deeper.rate <= self._first_rate()):
+            return self._first_answers(now_s, spare_s, batches)
         if deeper is not None:
             rows = deeper.queue.take_places(deeper.places)
             return self._join(rows, deeper.segment, now_s, deeper.limit_s, deeper.limit_s)
@@ -288,9 +294,9 @@ class LadderEdf:
             (row,) = self._late.take_places([0])
             self._moves(row)
             decision.expired.append(row)
+        start_s = now_s + self._offer.reserve_s
         for segment, queue in self._first.items():
-            latest_s = now_s + self._offer.profile.latency_s(segment, 1) + self._offer.reserve_s
-            for row in queue.before((latest_s,)):
+            for row in queue.before((start_s + self._offer.profile.latency_s(segment, 1),)):
                 assert row.place is not None
                 _, key = row.place
                 if key[0] != row.deadline_s:  # it has none, or was too late before
@@ -307,7 +313,7 @@ class LadderEdf:
                     row.place = self._late, row.urgency
                     self._waiting += 1
 
-    def _spare_s(self, now_s: float, batches: Iterable[tuple[float, float]]) -> float:
+    def _spare_s(self, now_s: float, batches: Iterable[_Due]) -> float:
         """How long a run may take that leaves all first answers in time: these batches, earliest deadline first."""
         spare_s, ready_s = math.inf, now_s + self._offer.reserve_s
         for due_s, took_s in sorted(batches):
@@ -315,16 +321,15 @@ class LadderEdf:
             spare_s = min(spare_s, due_s - ready_s)
         return spare_s
 
-    def _batches(self, but: SortedQueue[Row] | None = None) -> list[tuple[float, float]]:
-        """When full batches of all first answers, but those of one queue, are due and how long they take."""
-        queues = ((segment, queue) for segment, queue in self._first.items() if queue is not but)
-        return [batch for segment, queue in queues for batch in self._batches_of(segment, queue, 0)]
+    def _batches(self) -> dict[Segment, list[_Due]]:
+        """The full batches that all first answers make, queue by queue."""
+        return {segment: self._batches_of(segment, queue, 0) for segment, queue in self._first.items() if queue}
 
-    def _batches_of(self, segment: Segment, queue: SortedQueue[Row], start: int) -> list[tuple[float, float]]:
+    def _batches_of(self, segment: Segment, queue: SortedQueue[Row], start: int) -> list[_Due]:
         """The same for one queue from this place on. What the first row of a batch needs, all get."""
         profile = self._offer.profile
         whole, rest = divmod(len(queue) - start, profile.max_batch)
-        batches: list[tuple[float, float]] = []
+        batches: list[_Due] = []
         if whole > 0:
             took_s = profile.latency_s(segment, profile.max_batch)
             batches = [(due_s, took_s) for due_s, *_ in queue.keys(start, profile.max_batch)[:whole]]
@@ -336,22 +341,24 @@ class LadderEdf:
         """The longest that a run may take because of rows that have not arrived yet; one row can always run a block."""
         return max(_SHARE_OF_BUDGET * self._tightest_s, self._offer.profile.latency_s(self._slowest, 1))
 
-    def _first_answers(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment]:
+    def _first_answers(self, now_s: float, spare_s: float, batches: dict[Segment, list[_Due]]) -> tuple[list[Row], Segment]:
         """The most urgent queue's next batch."""
-        segment, queue = min(((s, q) for s, q in self._first.items() if q), key=lambda each: each[1].key(0))
-        places = self._first_places(segment, queue, now_s)
+        segment = min(batches, key=lambda each: self._first[each].key(0))
+        queue = self._first[segment]
+        others = [batch for other, of_other in batches.items() if other != segment for batch in of_other]
+        places = self._first_places(segment, queue, now_s, others)
         alone = self._waiting == len(places)
         rows = queue.take_places(places)
         if alone and (direct := self._direct(rows, now_s, spare_s)) is not None:
             return rows, direct
-        return self._join(rows, segment, now_s, min(spare_s, self._quantum_s()), self.spare_s(now_s))
+        left_s = self._spare_s(now_s, (*others, *self._batches_of(segment, queue, 0)))
+        return self._join(rows, segment, now_s, min(spare_s, self._quantum_s()), left_s)
 
-    def _first_places(self, segment: Segment, queue: SortedQueue[Row], now_s: float) -> list[int]:
-        """Which rows of the queue the batch has."""
+    def _first_places(self, segment: Segment, queue: SortedQueue[Row], now_s: float, others: Sequence[_Due]) -> list[int]:
+        """Which rows of the queue the batch has, beside those batches."""
         latency_s, start_s = self._offer.profile.latency_s, now_s + self._offer.reserve_s
         # Those that are due and still here have no deadline to keep (`_set_aside`). They waited long enough.
         due = queue.below((start_s + latency_s(segment, 1),))
-        others = self._batches(but=queue)
         best, places = 0.0, [0]
         for size in self._sizes:
             rows = min(size, len(queue))

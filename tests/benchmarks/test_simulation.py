@@ -47,7 +47,7 @@ def run(name: str, arrivals_s, seed: int = 0, budget_s: float = BUDGET_S, **opti
 
 @pytest.mark.parametrize("name", NAMES)
 @given(load=st.floats(0.1, 3.0), seed=st.integers(0, 99), servers=st.integers(1, 3), queue=st.sampled_from([4, 1024]))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_every_arrival_is_counted_once(name, load, seed, servers, queue) -> None:
     arrivals_s = poisson(load * CAPACITY, 0.1, seed)
     report = run(name, arrivals_s, seed, servers=servers, max_queue_rows=queue)

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import httpx
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -9,7 +14,66 @@ from tests.contract.conftest import Client
 
 
 def test_models_are_listed(client: Client) -> None:
-    assert client.get("/v1/models").json() == {"models": [{"name": "digits", "version": 1, "ready": True}]}
+    one = {"name": "digits", "version": 1, "ready": True, "versions": [1]}
+    assert client.get("/v1/models").json() == {"models": [one]}
+    for url in ("/v1/models/digits", "/v1/models/digits/versions/1"):
+        assert client.get(f"{url}/ready").json() == one
+    assert client.get("/v1/models/digits/versions").json() == {
+        "name": "digits",
+        "policy": "latest",
+        "versions": [{"version": 1, "ready": True, "default": True, "reason": None}],
+    }
+
+
+ROUTES = {
+    "": "GET",
+    "/ready": "GET",
+    "/plan": "GET",
+    "/audits": "GET",
+    "/audits/reset": "POST",
+    "/predict": "POST",
+    "/predict/stream": "POST",
+}
+
+
+@pytest.mark.parametrize("suffix", ROUTES)
+def test_every_route_of_a_model_takes_a_version(client: Client, suffix: str) -> None:
+    def ask(model: str) -> httpx.Response:
+        body = {"json": {"inputs": [[[0.5] * 28] * 28]}} if "predict" in suffix else {}
+        return client.request(ROUTES[suffix], f"/v1/models/{model}{suffix}", **body)
+
+    assert ask("digits/versions/1").status_code == 200
+    for version in ("2", "01", "latest", "1 "):
+        refused = ask(f"digits/versions/{version}")
+        assert (refused.status_code, refused.json()["code"]) == (404, "unknown_version")
+        assert refused.json()["versions"] == ["1"]
+    assert ask("cats/versions/1").json()["code"] == "unknown_model"
+
+
+def test_raw_bodies_may_name_a_version_too(client: Client) -> None:
+    row = np.full((28, 28), 0.5, "<f4").tobytes()
+    octets = {"content-type": "application/octet-stream"}
+    urls = [f"/v1/models/digits{version}/predict?path=4-6" for version in ("", "/versions/1", "/versions/2")]
+    plain, named, unknown = (client.request("POST", url, content=row, headers=octets) for url in urls)
+    assert named.json()["predictions"] == plain.json()["predictions"]
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "unknown_version")
+
+
+def test_a_model_tells_what_it_takes_in_memory(client: Client, trained: Trained) -> None:
+    detail = client.get("/v1/models/digits").json()
+    memory = detail["memory"]
+    assert memory["weights_bytes"] == (trained.bundle / "weights.bin").stat().st_size
+    offered = trained.manifest.offered.values()
+    assert [path["weights_bytes"] for path in detail["paths"]] == [4 * entry.parameters for entry in offered]
+    assert memory["separate_bytes"] == sum(4 * entry.parameters for entry in offered) > memory["weights_bytes"]
+    told = Path("/proc/self/smaps_rollup").exists()
+    assert isinstance(memory["grown_bytes"], int if told else type(None))
+    text = client.get("/metrics").text
+    labels = '{model="digits",version="1"}'
+    assert float(re.search(f"^hbll_model_weights_bytes{labels} (.*)$", text, re.MULTILINE)[1]) == memory["weights_bytes"]
+    if told:
+        assert float(re.search(f"^hbll_model_grown_bytes{labels} (.*)$", text, re.MULTILINE)[1]) == memory["grown_bytes"]
+    assert "process_resident_memory_bytes" in text or not told
 
 
 def test_a_model_tells_all_its_paths_with_measured_latency(client: Client, trained: Trained) -> None:

@@ -148,7 +148,7 @@ def test_audits_are_told_and_can_be_reset(client: Client, trained: Trained) -> N
     assert told["evidence"] >= 100
     assert client.get("/health/ready").json() == {"ready": True, "drift_alarms": {"digits": [level]}}
     assert client.get("/health/ready").status_code == 200
-    assert f'hbll_drift_alarm{{epsilon="{level:g}",model="digits"}} 1.0' in client.get("/metrics").text
+    assert f'hbll_drift_alarm{{epsilon="{level:g}",model="digits",version="1"}} 1.0' in client.get("/metrics").text
     (row,) = client.predict({"inputs": [IMAGE], "max_risk": level}).json()["predictions"]
     assert (row["path"], row["stopped_by"], row["certified"]) == (format_path(trained.manifest.reference), "complete", True)
     reset = client.request("POST", "/v1/models/digits/audits/reset").json()

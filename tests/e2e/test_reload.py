@@ -30,7 +30,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
 
 
 def metric(server: LiveServer, line: str) -> float:
-    found = [text for text in httpx.get(f"{server.url}/metrics").text.splitlines() if text.startswith(line)]
+    found = [text for text in httpx.get(f"{server.url}/metrics", timeout=30).text.splitlines() if text.startswith(line)]
     return float(found[0].split()[-1]) if found else 0.0
 
 
@@ -56,7 +56,8 @@ def polling(models: Path, tmp_path: Path) -> Iterator[LiveServer]:
 class Clients:
     """Ask without a pause; every answer's version and every failure."""
 
-    def __init__(self, url: str, number: int = 3) -> None:
+    def __init__(self, url: str, number: int = 3, *, rising: bool = True) -> None:
+        self.rising = rising
         self.versions: list[int] = []
         self.failures: list[str] = []
         self._go_on = True
@@ -74,7 +75,7 @@ class Clients:
                     self.failures.append(response.text)
                     continue
                 version = response.json()["version"]
-                if version < last:
+                if self.rising and version < last:
                     self.failures.append(f"version {version} after {last}")
                 last = version
                 self.versions.append(version)
@@ -111,6 +112,44 @@ def test_new_versions_are_served_under_load_without_one_failed_request(polling: 
     assert set(clients.versions) == {1, 2, 3}
     assert metric(polling, 'hbll_reloads_total{loaded="true",model="digits"}') == 2
     assert "Traceback" not in polling.log.read_text()
+
+
+def test_versions_come_and_go_beside_each_other_without_one_failed_request(models: Path, tmp_path: Path) -> None:
+    """Two at once: named ones answer as long as they are served; the newest is taken back under load."""
+    server = start_server(models, tmp_path, {"HBLL_POLL_S": "0.1", "HBLL_VERSIONS": "2"})
+
+    def ask(version: int) -> httpx.Response:
+        return httpx.post(
+            f"{server.url}/v1/models/digits/versions/{version}/predict", content=ROW, headers=HEADERS, timeout=30
+        )
+
+    try:
+        clients = Clients(server.url, rising=False)
+        try:
+            for version in (2, 3):
+                shutil.copytree(models / "digits" / "1", models / "digits" / str(version))
+                wait_for(lambda version=version: clients.versions[-1:] == [version])
+            wait_for(lambda: ask(1).status_code == 404)
+            assert ask(1).json()["versions"] == ["3", "2"]
+            assert [ask(version).json()["version"] for version in (3, 2)] == [3, 2]
+            shutil.rmtree(models / "digits" / "3")
+            wait_for(lambda: clients.versions[-1] == 2)
+            assert ask(2).json()["version"] == 2
+            wait_for(lambda: ask(1).status_code == 200)  # which is among the two highest again
+            assert ask(3).json()["versions"] == ["2", "1"]
+        finally:
+            clients.stop()
+        assert clients.failures == []
+        assert set(clients.versions) == {1, 2, 3}
+        told = httpx.get(f"{server.url}/v1/models/digits/versions", timeout=30).json()["versions"]
+        assert [(each["version"], each["ready"], each["default"]) for each in told] == [(2, True, True), (1, True, False)]
+        httpx.get(f"{server.url}/metrics", timeout=30)
+        assert metric(server, 'hbll_requests_total{model="digits",version="2"}') > 0
+        assert metric(server, 'hbll_requests_total{model="digits",version="3"}') == 0
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        if server.process.poll() is None:
+            server.stop()
 
 
 def test_replaced_versions_do_not_add_up_in_memory(polling: LiveServer, models: Path) -> None:
@@ -171,7 +210,9 @@ def test_a_server_that_is_told_to_end_answers_all_whom_it_let_in(polling: LiveSe
         ({"HBLL_MIN_DEPTH": "8"}, "model digits: expected min_depth to be at most 7, the deepest offered path, got 8"),
         ({"HBLL_POLICY": "static(9-9)"}, "model digits: policy static(9-9): the model offers the paths 4, "),
         ({"HBLL_POLICY": "best"}, "wrong setting: policy: expected a policy of ladder-edf, "),
-        ({"HBLL_PER_MODEL": '{"cats": {"min_depth": 2}}'}, "holds no model cats"),
+        ({"HBLL_PER_MODEL": '{"cats": {"min_depth": 2}}', "HBLL_POLL_S": "0"}, "holds no model cats, only digits"),
+        ({"HBLL_VERSIONS": "[2]"}, "holds none of the versions (2,), only 1"),
+        ({"HBLL_VERSIONS": "newest"}, "wrong setting: versions: expected latest, all, how many of the highest versions"),
         ({"HBLL_PER_MODEL": "{"}, 'wrong setting: error parsing value for field "per_model"'),
     ],
 )

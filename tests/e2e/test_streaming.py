@@ -158,7 +158,7 @@ def test_clients_that_leave_the_queue_cost_no_block(held: HeldServer, path: str)
     for connection in waiting:
         connection.close()
     held.wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 20)
-    assert held.metric('hbll_failed_seconds_count{model="fake"}') == 20
+    assert held.metric('hbll_failed_seconds_count{model="fake",version="1"}') == 20
     held.runner.go.set()
     received = b""
     while b"queue_ms" not in received:  # of the answer, or of the event that ends the stream
@@ -168,7 +168,9 @@ def test_clients_that_leave_the_queue_cost_no_block(held: HeldServer, path: str)
     first.close()
     held.wait_for(lambda: held.metric("hbll_queue_rows") == 0)
     assert all(count == 1 for _, count, _ in held.runner.runs)
-    assert held.metric('hbll_block_rows_total{model="fake"}') == 1 + 1 + 1 + 7  # the first client's climb, alone
+    assert (
+        held.metric('hbll_block_rows_total{model="fake",version="1"}') == 1 + 1 + 1 + 7
+    )  # the first client's climb, alone
 
 
 def test_a_stream_that_is_left_stops_at_the_next_rung(held: HeldServer) -> None:

@@ -9,7 +9,7 @@ from export.calibrate import calibration_error, cross_entropy, fit_temperature, 
 
 
 @given(st.floats(0.3, 5.0), st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_temperature_of_a_known_population_is_found(temperature: float, seed: int) -> None:
     """Labels drawn from softmax(logits / T): T is what the fit has to find."""
     rng = np.random.default_rng(seed)

@@ -282,11 +282,11 @@ def test_audits_of_a_model_end_with_its_replacement() -> None:
 
 
 def test_only_certified_requests_are_audited_and_at_the_rate_that_is_set() -> None:
-    watch = DriftWatch("m", fake_manifest({(4,): 0.5, (4, 6): 0.6}, levels=LEVELS), 0.25, Metrics(), seed=1)
+    watch = DriftWatch(("m", "1"), fake_manifest({(4,): 0.5, (4, 6): 0.6}, levels=LEVELS), 0.25, Metrics(), seed=1)
     certified = Wish(exit_at=0.75, asked_as="risk", risk=0.05)
     assert watch.admit(Wish(exit_at=0.75, asked_as="confidence")) == (Wish(exit_at=0.75, asked_as="confidence"), False)
     assert 200 < sum(watch.admit(certified)[1] for _ in range(1000)) < 300
-    never = DriftWatch("m", fake_manifest({(4,): 0.5, (4, 6): 0.6}, levels=LEVELS), 0.0, Metrics())
+    never = DriftWatch(("m", "1"), fake_manifest({(4,): 0.5, (4, 6): 0.6}, levels=LEVELS), 0.0, Metrics())
     assert not any(never.admit(certified)[1] for _ in range(1000))
 
 

@@ -14,7 +14,7 @@ from service.errors import DeadlineExpired, DeadlineInfeasible, InferenceFailed,
 from service.policy.wish import Wish
 from service.predict import _prediction
 from service.profile import LatencyProfile, Segment
-from tests.fakes import fake_manifest, fake_model, fake_parts, rows
+from tests.fakes import FakeRunner, fake_manifest, fake_model, fake_parts, rows
 from tests.service.bench import Bench, bench, run
 
 
@@ -669,5 +669,46 @@ def test_the_smallest_feasible_budget_is_feasible() -> None:
             await b.held(start)
             await asyncio.gather(*tasks)
             assert refused[0].details == {"smallest_feasible_budget_ms": 9.0}
+
+    run(test)
+
+
+def test_a_run_that_hangs_makes_the_server_unready_until_it_ends(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.engine.hung_s = 0.01
+            b.runner.go.clear()
+            stuck = b.ask(0.1, path=(4,))
+            while b.engine.ready:
+                await asyncio.sleep(0.001)
+            with pytest.raises(NotReady, match="stuck: ask again in a second"):
+                await b.ask(0.1)
+            assert b.metric("hbll_worker_hangs_total") == 1
+            assert (
+                "inference of 1 rows of version 1 of fake has not ended after 0.1 s, and 0.001 s were expected"
+                in caplog.text
+            )
+            b.engine.hung_s = 30.0
+            b.runner.go.set()
+            assert (await stuck).rows[0].path == (4,)
+            assert b.engine.ready
+            assert (await b.ask(0.1, path=(4,))).rows
+            assert b.metric("hbll_worker_hangs_total") == 1
+
+    run(test)
+
+
+def test_versions_of_a_model_are_counted_apart() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            second = fake_model(runner=FakeRunner(b.clock, 0.001), version=2)
+            second.warm_up(8, b.clock, lambda: False)
+            b.engine.add(second)
+            for model, depth in ((b.model, 1), (second, 2), (second, 2)):
+                path = (4, 6)[:depth]
+                await b.engine.submit(model, rows(0.1), Wish(path), b.clock())
+            assert [b.metric("hbll_requests_total", version=version) for version in ("1", "2")] == [1, 2]
+            assert [b.metric("hbll_block_rows_total", version=version) for version in ("1", "2")] == [1, 4]
+            assert [b.metric("hbll_answers_total", version="2", depth=depth) for depth in ("1", "2")] == [0, 2]
 
     run(test)

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from family.manifest import BundleError
 from service.app import create_app
 from service.context import Context
-from service.reload import load_version
+from service.reload import follow
 from service.repository import Repository, ServedModel
 from service.settings import Settings
 from tests.fakes import FakeRunner, fake_model
@@ -38,11 +38,14 @@ class Shelf:
     def put(self, version: int, model: str = "fake") -> None:
         (self.root / model / str(version)).mkdir(parents=True)
 
+    def take(self, version: int, model: str = "fake") -> None:
+        (self.root / model / str(version)).rmdir()
+
     def load(self, name: str, version: int) -> ServedModel:
         self.loaded.append(version)
         if version in self.errors:
             raise self.errors[version]
-        model = fake_model(runner=FakeRunner(), version=version)
+        model = fake_model(runner=FakeRunner(), version=version, levels={0.05: 0.9})
         model.name = name
         return model
 
@@ -111,7 +114,7 @@ def test_the_old_version_is_freed_on_an_idle_server_too(shelf: Shelf) -> None:
             assert (await http.post(URL, json=BODY)).status_code == 200
             old = weakref.ref(context.repository.get("fake").runner)
             shelf.put(2)
-            await load_version(context, "fake", 2)
+            await follow(context, "fake")
             await asyncio.sleep(0)
             await until(lambda: gc.collect() >= 0 and old() is None)
 
@@ -210,7 +213,7 @@ def test_a_request_that_is_read_while_its_model_is_replaced_is_answered_by_the_o
                 asking = asyncio.create_task(http.post(URL, json=body))
                 await asyncio.to_thread(decoding.wait, 30)
                 shelf.put(2)
-                await load_version(context, "fake", 2)
+                await follow(context, "fake")
                 await until(lambda: len(context.engine._scheduler.policies) == 1)
                 replaced.set()
                 response = await asking
@@ -239,5 +242,159 @@ def test_a_server_that_stops_while_it_measures_a_new_version_does_not_serve_it(
             await asyncio.to_thread(measuring.wait, 30)
         assert context.repository.get("fake").version == 1
         await until(lambda: bool(ended))
+
+    run(test)
+
+
+def served(context: Context, model: str = "fake") -> list[int]:
+    return list(context.repository.versions(model))
+
+
+async def versions_of(http: httpx.AsyncClient, url: str = "/v1/models/fake") -> dict[int, object]:
+    """What `/versions` tells: `True` the default, `False` served too, else why it is refused."""
+    told = (await http.get(f"{url}/versions")).json()["versions"]
+    return {each["version"]: each["reason"] or each["default"] for each in told}
+
+
+def test_as_many_versions_are_served_as_is_set_and_each_can_be_named(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0.01, versions=2) as (app, http):
+            context: Context = app.state.context
+            for version in (2, 3):
+                shelf.put(version)
+                await until(lambda version=version: version in served(context))
+            await until(lambda: served(context) == [3, 2])
+            for url, version in (
+                ("/v1/models/fake", 3),
+                ("/v1/models/fake/versions/3", 3),
+                ("/v1/models/fake/versions/2", 2),
+            ):
+                assert (await http.post(f"{url}/predict", json=BODY)).json()["version"] == version
+                assert (await http.get(url)).json()["version"] == version
+                assert (await http.get(f"{url}/ready")).json() == {
+                    "name": "fake", "version": version, "ready": True, "versions": [3, 2]
+                }  # fmt: skip
+            gone = await http.post("/v1/models/fake/versions/1/predict", json=BODY)
+            assert (gone.status_code, gone.json()["code"], gone.json()["versions"]) == (404, "unknown_version", ["3", "2"])
+            assert gone.json()["error"] == "version '1' of fake is not served here: expected 3 or 2"
+            assert await versions_of(http) == {3: True, 2: False}
+            assert (await http.get("/v1/models")).json()["models"][0]["versions"] == [3, 2]
+            assert (await http.get("/v2/models/fake")).json()["versions"] == ["3", "2"]
+            assert (await http.get("/v2/models/fake/config")).json()["version_policy"] == {"latest": {"num_versions": 2}}
+
+    run(test)
+
+
+def test_each_version_has_audits_and_statistics_of_its_own(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0, versions="all") as (app, http):
+            context: Context = app.state.context
+            shelf.put(2)
+            assert (await http.post("/v2/repository/models/fake/load")).status_code == 200
+            for _ in range(3):
+                await http.post("/v1/models/fake/versions/1/predict", json=BODY)
+            stats = {each["version"]: each for each in (await http.get("/v2/models/fake/stats")).json()["model_stats"]}
+            assert {version: each["inference_count"] for version, each in stats.items()} == {"2": 0, "1": 3}
+            assert (await http.get("/v2/models/stats")).json()["model_stats"] == list(stats.values())
+            one = (await http.get("/v2/models/fake/versions/1/stats")).json()["model_stats"]
+            assert one == [stats["1"]]
+            drift = context.engine.drift(context.repository.get("fake", "1"))
+            assert drift is not None
+            for _ in range(50):
+                drift.observe(0.05, differs=True)
+            audits = [
+                (await http.get(f"/v1/models/fake/versions/{v}/audits")).json()["levels"][0]["audits"] for v in (1, 2)
+            ]
+            assert audits == [50, 0]
+            assert (await http.get("/health/ready")).json()["drift_alarms"] == {"fake": [0.05]}
+            await http.post("/v1/models/fake/versions/2/audits/reset")
+            assert (await http.get("/health/ready")).json()["drift_alarms"] == {"fake": [0.05]}
+            text = (await http.get("/metrics")).text
+            assert 'hbll_drift_alarm{epsilon="0.05",model="fake",version="1"} 1.0' in text
+            shelf.take(1)
+            await follow(context, "fake")
+            assert (await http.get("/health/ready")).json()["drift_alarms"] == {}
+            assert 'hbll_drift_alarm{epsilon="0.05",model="fake",version="1"}' not in (await http.get("/metrics")).text
+            assert 'version="1"' not in (await http.get("/metrics")).text
+
+    run(test)
+
+
+def test_without_the_newest_version_the_one_before_is_served_again_without_one_failed_request(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0.02) as (app, http):
+            shelf.put(2)
+            await until(lambda: served(app.state.context) == [2])
+            versions: list[int] = []
+
+            async def ask() -> None:
+                while not versions or versions[-1] == 2:
+                    response = await http.post(URL, json=BODY)
+                    assert response.status_code == 200, response.text
+                    versions.append(response.json()["version"])
+
+            asking = [asyncio.create_task(ask()) for _ in range(4)]
+            await until(lambda: len(versions) > 20)
+            shelf.take(2)
+            await asyncio.gather(*asking)
+            assert set(versions) == {1, 2}
+            await until(lambda: len(app.state.context.engine._scheduler.policies) == 1)
+            assert served(app.state.context) == [1]
+
+    run(test)
+
+
+def test_the_last_version_is_served_whatever_becomes_of_its_folder(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0, versions="all") as (app, http):
+            context: Context = app.state.context
+            shelf.put(2)
+            await follow(context, "fake")
+            shelf.take(1)
+            await follow(context, "fake")
+            assert served(context) == [2]
+            shelf.take(2)
+            await follow(context, "fake")
+            (shelf.root / "fake").rmdir()
+            await follow(context, "fake")
+            assert (await http.post(URL, json=BODY)).json()["version"] == 2
+
+    run(test)
+
+
+def test_a_damaged_version_takes_no_other_ones_place_and_is_listed_with_the_reason(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0, versions=2) as (app, http):
+            context: Context = app.state.context
+            shelf.put(2)
+            shelf.put(3)
+            shelf.errors[3] = BundleError("weights.bin is truncated or changed")
+            await follow(context, "fake")
+            assert await versions_of(http) == {3: "weights.bin is truncated or changed", 2: True, 1: False}
+            index = (await http.post("/v2/repository/index")).json()
+            assert [(each["version"], each["state"], each["reason"]) for each in index] == [
+                ("2", "READY", ""), ("1", "READY", ""), ("3", "UNAVAILABLE", "weights.bin is truncated or changed")
+            ]  # fmt: skip
+            assert (await http.get("/v1/models/fake/versions/3/ready")).status_code == 404
+            del shelf.errors[3]
+            await follow(context, "fake")
+            assert await versions_of(http) == {3: True, 2: False}
+            shelf.take(3)
+            shelf.errors[1] = BundleError("manifest.json is missing")
+            await follow(context, "fake")  # 1 would be next, and cannot be loaded any more
+            assert await versions_of(http) == {2: True, 1: "manifest.json is missing"}
+
+    run(test)
+
+
+def test_a_model_that_comes_later_gets_its_own_settings(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0.01, per_model={"another": {"versions": [2, 4]}}) as (app, http):
+            for version in (2, 3, 4, 5):
+                shelf.put(version, "another")
+            await until(lambda: "another" in app.state.context.repository.models)
+            await until(lambda: served(app.state.context, "another") == [4, 2])
+            told = (await http.get("/v1/models/another/versions")).json()
+            assert told["policy"] == [2, 4]
 
     run(test)

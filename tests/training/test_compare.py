@@ -10,9 +10,10 @@ from click.testing import CliRunner, Result
 from hbll import main
 from tests.training.test_trainer import Killed
 from training.checkpoint import CHECKPOINT_FILE
-from training.compare import Job, Record, markdown, plan, run, summarise
-from training.config import ConfigError, MlpConfig, RunConfig, TrainConfig
+from training.compare import Job, choose_rates, plan, plan_tuning, run
+from training.config import ConfigError, MethodName, MlpConfig, RunConfig, TrainConfig
 from training.data import Digits
+from training.report import Matched, Record, differences, markdown, summarise
 from training.trainer import Report
 
 TINY = RunConfig(
@@ -57,9 +58,9 @@ def test_two_methods_make_a_table_and_the_same_command_again_trains_nothing(tmp_
     table = (tmp_path / "comparison.md").read_text()
     line = next(line for line in table.splitlines() if line.startswith("| `exits` | work |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2:5] == ["2", "3.0", "6"]  # seeds, epochs of 2 evaluations an image, evaluations
-    assert cells[5] == f"{statistics.mean(one_block):.1f} ± {statistics.stdev(one_block) / 2**0.5:.1f}"
-    assert cells[7] == ""  # the ladder has no path of all blocks
+    assert cells[2:6] == ["2", "0.004", "3.0", "6"]  # seeds, rate, epochs of 2 evaluations an image, evaluations
+    assert cells[6] == f"{statistics.mean(one_block):.1f} ± {statistics.stdev(one_block) / 2**0.5:.1f}"
+    assert cells[8] == ""  # the ladder has no path of all blocks
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
     written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/*") if file.is_file()}
@@ -96,18 +97,66 @@ def test_a_run_of_another_configuration_is_neither_reused_nor_overwritten(tmp_pa
     assert checkpoint.read_bytes() == before
 
 
-def test_separate_networks_are_one_row_and_diverged_seeds_are_counted() -> None:
-    def record(seed: int, depth: int, accuracy: float) -> Record:
-        return Record("bp", "work", seed, 2.0, 2.0 * depth, "-".join("123"[:depth]), depth, True, 0.5, accuracy)
+def _record(method: MethodName, matched: Matched, seed: int, depth: int, accuracy: float, lr: float = 4e-3) -> Record:
+    return Record(method, matched, seed, lr, 2.0, 2.0 * depth, "-".join("123"[:depth]), depth, True, accuracy, accuracy)
 
-    jobs = plan(TINY, ["bp"], [0, 1, 2], images=3000)
-    records = [record(0, 1, 0.5), record(0, 2, 0.6), record(0, 3, 0.7), record(1, 1, 0.7), record(1, 2, 0.6)]
+
+def test_separate_networks_are_one_row_and_diverged_seeds_are_counted() -> None:
+    found = ((0, 1, 0.5, 4e-3), (0, 2, 0.6, 2e-3), (0, 3, 0.7, 4e-3), (1, 1, 0.7, 4e-3), (1, 2, 0.6, 2e-3))
+    records = [_record("bp", "work", *values) for values in found]
     (row,) = summarise(records)
     assert row.evaluations == 2 * (1 + 2 + 3)
     assert (row.by_depth[1].mean, row.by_depth[1].error) == pytest.approx((0.6, 0.1))
     assert (row.by_depth[3].mean, row.by_depth[3].error) == (0.7, None)
-    line = "| `bp`, separate networks | work | 2 of 3 | 2.0 | 12 | 60.0 ± 10.0 | 60.0 ± 0.0 | 70.0 |  |"
-    assert line in markdown(TINY, jobs, [row])
+    line = (
+        "| `bp`, separate networks | work | 2 of 3 | 0.004 / 0.002 / 0.004 | 2.0 | 12 "
+        "| 60.0 ± 10.0 | 60.0 ± 0.0 | 70.0 |  |  |"
+    )
+    assert line in markdown(TINY, (1, 2, 3), (0, 1, 2), records)
+
+
+def test_differences_are_paired_by_seed_and_over_the_depths_that_both_have() -> None:
+    records = [_record("exits", "work", seed, depth, 0.8 + 0.1 * seed) for seed in (0, 1, 2) for depth in (1, 2)]
+    records += [
+        _record("bp", "work", seed, depth, 0.7 + 0.1 * seed - 0.02 * depth) for seed in (0, 1) for depth in (1, 2, 3)
+    ]
+    records += [_record("exits", "epochs", 0, 1, 0.1), _record("exits", "tuning", 0, 1, 0.1)]
+    (only,) = differences(records)
+    assert (only.method, only.matched) == ("exits", "work")
+    assert [only.by_depth[depth].mean for depth in (1, 2)] == pytest.approx([0.12, 0.14])
+    assert [only.by_depth[depth].error for depth in (1, 2)] == pytest.approx([0, 0], abs=1e-12)  # what seeds share cancels
+    assert only.average.mean == pytest.approx(0.13)
+    assert "| `exits` | work | +12.0 ± 0.0 | +14.0 ± 0.0 |  | +13.0 ± 0.0 |" in markdown(
+        TINY, (1, 2, 3), (0, 1, 2), records
+    )
+
+
+def test_each_method_and_each_separate_network_gets_the_rate_that_is_best_on_validation_data() -> None:
+    jobs = plan_tuning(TINY, ["exits", "bp"], [100, 101], [1e-3, 1e-2])
+    assert len({job.name for job in jobs}) == len(jobs) == (1 + 3) * 2 * 2
+    assert all(job.config.train.budget == 6 for job in jobs if job.config.train.method == "exits")
+
+    def results(job: Job) -> list[Record]:
+        settings = job.config.train
+        high = (settings.lr == 1e-2) == (settings.method == "exits" or settings.blocks == 2)
+        return [_record(settings.method, "tuning", settings.seed, settings.blocks or 1, 0.6 if high else 0.5, settings.lr)]
+
+    rates = choose_rates(TINY, [(job, results(job)) for job in jobs])
+    assert rates == {("exits", None): 1e-2, ("bp", 1): 1e-3, ("bp", 2): 1e-2, ("bp", 3): 1e-3}
+    of_runs = {job.trained: job.config.train.lr for job in plan(TINY, ["exits", "bp"], [0], 3000, rates)}
+    assert of_runs == rates
+
+
+def test_rates_are_tuned_before_they_are_compared_and_the_report_tells_both(tmp_path: Path) -> None:
+    result = _compare(tmp_path, "--methods", "chains,bp", "--seeds", "0", "--rates", "1e-6,1e-2")
+    assert result.exit_code == 0, result.output
+    assert sorted(folder.name for folder in tmp_path.glob("runs/chains-*")) == [
+        "chains-epochs-seed0", "chains-lr0.01-seed100", "chains-lr1e-06-seed100", "chains-work-seed0",
+    ]  # fmt: skip
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| `chains` | work | 1 | 0.01 |" in text  # 1e-6 learns nothing in six passes
+    assert "| method | 1e-06 | 0.01 |" in text
+    assert "| `chains` | steps |" in text.split("## Families less separate networks")[1]
 
 
 def test_a_comparison_in_which_all_diverge_says_so(tmp_path: Path) -> None:
@@ -125,6 +174,8 @@ def test_a_comparison_in_which_all_diverge_says_so(tmp_path: Path) -> None:
         (["--methods", "chains,magic"], "there is no method magic; there are hbll+chains, hbll,"),
         (["--seeds", "one"], "expected numbers with commas between them, got 'one'"),
         (["--seeds", "-1"], "train.seed"),
+        (["--rates", "1e-3,fast"], "expected learning rates with commas between them, got '1e-3,fast'"),
+        (["--rates", "0"], "train.lr"),
     ],
 )
 def test_what_cannot_be_compared_is_named(tmp_path: Path, arguments: list[str], message: str) -> None:
