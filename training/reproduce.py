@@ -53,9 +53,9 @@ def reproduce(names: tuple[str, ...], scale: Scale, out: Path, data: Path | None
 
     \b
     Scales:
-      smoke  does everything work: a minute for all; the figures mean nothing
-      small  what two cores do in 40 minutes, on embedded data, which are not the paper's
-      paper  the published configuration
+      smoke  does everything work; the figures mean nothing
+      small  for two cores (--jobs 2), on embedded data, which are not the paper's
+      paper  the published settings; table9 on the text of --data, the others still on the embedded digits
     """
     chosen = dict.fromkeys(EXPERIMENTS if "all" in names else names)
     try:

@@ -101,12 +101,17 @@ def encode(text: Text, vocabulary: int | None, tokenizer_file: Path) -> Corpus:
     """As bytes (`vocabulary` none), or as byte-pair tokens of a tokenizer that is trained on the training text.
 
     `tokenizer_file` keeps that tokenizer, and is read if it is there.
+
+    Raises:
+        ConfigError: byte-pair tokens are wanted, and the package for them is not installed.
     """
     if vocabulary is None:
         splits = (np.frombuffer(getattr(text, name).encode(), np.uint8).astype(np.int64) for name in SPLITS)
         return Corpus(256, *(Tokens(torch.from_numpy(ids), 1.0) for ids in splits))
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer
-
+    try:
+        from tokenizers import ByteLevelBPETokenizer, Tokenizer
+    except ModuleNotFoundError as exc:
+        raise ConfigError("byte-pair tokens need the package tokenizers: pip install 'hbll-anytime[text]'") from exc
     if not tokenizer_file.exists():
         trained = ByteLevelBPETokenizer()
         trained.train_from_iterator(text.train.splitlines(keepends=True), vocab_size=vocabulary, show_progress=False)
