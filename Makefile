@@ -14,7 +14,7 @@ ARGS   ?=
 # onnxruntime-gpu where an NVIDIA driver is present, else its CPU twin.
 RUNTIME := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
 
-.PHONY: help install demo train compare evaluate export verify serve test lint type format openapi figures bench-family bench rehearse clean
+.PHONY: help install demo train compare evaluate export verify serve test lint type format openapi settings proto figures bench-family bench rehearse clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,7 +23,7 @@ install: $(READY) ## make .venv with pinned dependencies
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),train,export,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$(RUNTIME),train,data,export,grpc,dev]'
 	@touch $@
 
 demo: $(READY) ## train, export, serve and ask, on real digits; ONCE=1 exits instead of serving on
@@ -65,6 +65,9 @@ format: $(READY) ## let ruff format and fix
 openapi: $(READY) ## write openapi.yaml from the app
 	$(BIN)/python -m service.openapi openapi.yaml
 
+settings: $(READY) ## write the table of docs/settings.md from the settings
+	$(BIN)/python -m service.settings_page docs/settings.md
+
 bench-family: runs/bench-models/bench/1/manifest.json ## train and export the family of the benchmarks, once: 8 minutes
 
 runs/bench-models/bench/1/manifest.json: | $(READY)
@@ -74,6 +77,9 @@ runs/bench-models/bench/1/manifest.json: | $(READY)
 bench: bench-family ## compare policies in the simulator and on real servers; wants a quiet machine (ARGS=--seeds 1 ...)
 	$(BIN)/hbll simulate --out docs/bench
 	$(BIN)/hbll bench --out docs/bench $(ARGS)
+
+proto: $(READY) ## write the stubs of gRPC from their proto
+	$(BIN)/python -m service.oip.rpc.generate
 
 figures: $(READY) ## draw the pictures of the README from RUN and BUNDLE
 	$(BIN)/python -m benchmarks.figures $(RUN) $(BUNDLE)

@@ -19,7 +19,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from training.data import Split, load_digits
+from training.dataset import Split
+from training.digits import load_digits
 
 console = Console()
 
@@ -176,7 +177,7 @@ def timed(client: httpx.Client, body: dict[str, Any]) -> float:
 def png(test: Split, index: int) -> bytes:
     """A test digit as a PNG file."""
     file = io.BytesIO()
-    Image.fromarray((test.images[index].numpy() * 255).round().astype("uint8")).save(file, "PNG")
+    Image.fromarray((test.x[index].numpy() * 255).round().astype("uint8")).save(file, "PNG")
     return file.getvalue()
 
 

@@ -6,7 +6,7 @@ import ctypes
 import signal
 import threading
 
-import hbll
+from hbll.cli import main
 
 
 def _kill_inference(*_: object) -> None:
@@ -18,4 +18,4 @@ def _kill_inference(*_: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGUSR1, _kill_inference)
-    hbll.main()
+    main()

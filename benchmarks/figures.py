@@ -24,8 +24,9 @@ from service.policy.state import segment_between
 from service.profile import Segment
 from service.runtime import Runtime
 from training.checkpoint import load_run_config
-from training.data import Split, load_digits
+from training.dataset import Split
 from training.plots import ACCENT, INK, QUIET, plot_tree
+from training.sources import load_data_of
 
 IMAGES = FilePath(__file__).parents[1] / "docs" / "images"
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)
@@ -40,7 +41,7 @@ def main(run: FilePath, bundle: FilePath, out: FilePath) -> None:
     """Draw tree.png and anytime.png from the bundle that was exported from RUN."""
     out.mkdir(parents=True, exist_ok=True)
     manifest = load_manifest(bundle)
-    test = load_digits(load_run_config(run).data.shift).test
+    test = load_data_of(run, load_run_config(run).data).test
     runtime = Runtime(bundle, manifest, threads=1, device="cpu")
     plot_tree(manifest.tree, out / "tree.png")
 
@@ -91,7 +92,7 @@ def climb(
     runtime: Runtime, manifest: Manifest, test: Split, threshold: float, median_s: dict[Segment, float]
 ) -> tuple[float, float, float]:
     """(mean seconds a row, accuracy, mean blocks of the answers) of climbing to `threshold` on the test set."""
-    x, labels = test.images.numpy(), test.labels.numpy()
+    x, labels = test.x.numpy(), test.labels.numpy()
     active = np.arange(len(x))
     answers = np.full(len(x), -1)
     blocks, seconds = 0, 0.0

@@ -24,7 +24,7 @@ from benchmarks.load import Outcome, Request, lateness, run_replay
 from benchmarks.priority import first_in_line
 from benchmarks.shares import Shares
 from benchmarks.traces import Arrivals, poisson
-from training.data import Split
+from training.dataset import Split
 
 _START_S = 120
 _CONTENT_TYPE = ((b"content-type", b"application/octet-stream"),)
@@ -71,6 +71,7 @@ def serve(models: Path, policy: str, module: str = "hbll", **settings: str) -> I
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HBLL_")}
     environment |= {"HBLL_POLICY": policy, "HBLL_THREADS": "1", "HBLL_MAX_QUEUE_ROWS": "4096", **settings}
+    environment |= {"HBLL_MAX_CONNECTIONS": "100000"}  # an overload is to wait in the queue
     command = [sys.executable, "-m", module, "serve", str(models), "--port", str(port)]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -132,7 +133,7 @@ class Load:
     def __init__(self, test: Split) -> None:
         self.transport_s = 0.0
         self.first_in_line = False
-        self._bodies = [image.astype("<f4").tobytes() for image in test.images.numpy()]
+        self._bodies = [image.astype("<f4").tobytes() for image in test.x.numpy()]
         self._labels = [str(label) for label in test.labels.tolist()]
 
     def play(

@@ -67,7 +67,7 @@ def make_bundle(folder: Path, name: str) -> None:
     from export.bundle import export_bundle  # the process that measures must not hold torch
     from training.checkpoint import Origin, Progress
     from training.config import parse_config
-    from training.data import load_digits
+    from training.digits import load_digits
     from training.model import build_family
 
     target = folder / name / name / "1"

@@ -12,7 +12,8 @@ from benchmarks.simulation import Outcomes
 from family.manifest import Manifest
 from family.tree import Path
 from service.runtime import Runtime
-from training.data import Split, load_digits
+from training.dataset import Split
+from training.digits import load_digits
 
 _BATCH = 32
 
@@ -44,7 +45,7 @@ def record(bundle: FilePath, manifest: Manifest, test: Split) -> Outcomes:
 def probabilities_of(bundle: FilePath, manifest: Manifest, path: Path, test: Split) -> NDArray[np.float64]:
     """What a path says to all images, `(rows, classes)`, calibrated; on one thread."""
     runtime = Runtime(bundle, manifest, threads=1, device="cpu")
-    x: NDArray[np.float32] = test.images.numpy()
+    x: NDArray[np.float32] = test.x.numpy()
     parts = []
     for start in range(0, len(x), _BATCH):
         logits = runtime.run(path, x[start : start + _BATCH], embed=True).logits

@@ -18,8 +18,8 @@ from rich.table import Table
 from export.certify import DELTA, EPSILONS, certify, confidences_and_answers, disagreements, exits
 from family.manifest import load_manifest
 from training.checkpoint import load_family
-from training.data import load_digits
 from training.evaluate import path_logits
+from training.sources import load_data_of
 
 _CERTIFIED_ROWS = 500
 
@@ -32,8 +32,8 @@ def main(run: FilePath, bundle: FilePath, splits: int) -> None:
     """Measure the risk of certified levels over random splits."""
     config, family, _ = load_family(run)
     manifest = load_manifest(bundle)
-    data = load_digits(config.data.shift)
-    images = torch.cat([data.certification.images, data.test.images])
+    data = load_data_of(run, config.data)
+    images = torch.cat([data.certification.x, data.test.x])
     labels = torch.cat([data.certification.labels, data.test.labels]).numpy()
     logits = path_logits(family, images, manifest.climb)
     temperatures = [manifest.offered[path].temperature for path in manifest.climb]

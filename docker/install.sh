@@ -14,4 +14,4 @@ python3 -m venv "$work/build"
 
 python3 -m venv --without-pip "$venv"
 wheel=$(echo "$work"/dist/*.whl)
-"$work/build/bin/pip" --python "$venv/bin/python" install -q --only-binary :all: "$wheel[$extra]"
+"$work/build/bin/pip" --python "$venv/bin/python" install -q --only-binary :all: "$wheel[$extra,grpc]"

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from export.calibrate import fit_temperature, measure
 from export.certify import DELTA, certify, confidences_and_answers, disagreements
-from export.graph import Parts, Placement, export_parts, gated_graph, path_graph, place
+from export.graph import Parts, Placement, export_parts, gated_graph, path_graph, place, without_fused_kernels
 from export.verify import Difference, verify_bundle
 from family.choice import pareto_front, reference_path
 from family.manifest import (
@@ -28,7 +28,6 @@ from family.manifest import (
     WEIGHTS_FILE,
     BundleError,
     Certificate,
-    ImageInput,
     Manifest,
     PathEntry,
     Provenance,
@@ -40,11 +39,11 @@ from family.manifest import (
 )
 from family.tree import Cost, Path, Tree, format_path
 from training.checkpoint import Origin, Progress
-from training.config import IMAGE_SIDE, RunConfig
-from training.data import Digits, Split
+from training.config import RunConfig
+from training.dataset import Dataset, Split
 from training.evaluate import path_logits
 from training.methods import trained_paths
-from training.model import CLASSES, Family
+from training.model import Family
 
 _MOST_PATHS_BY_DEFAULT = 32
 
@@ -62,8 +61,8 @@ def export_bundle(
     family: Family,
     progress: Progress,
     origin: Origin,
-    data: Digits,
-    target: FilePath,
+    data: Dataset,
+    target: FilePath | str,
     *,
     paths: str = "default",
     replace: bool = False,
@@ -84,7 +83,7 @@ def export_bundle(
         BundleError: `target` exists, the family gives NaN, or the graphs do not agree with each other and torch.
         InvalidPath: `paths` names a path that the tree does not have.
     """
-    target = target.resolve()
+    target = FilePath(target).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     _put_leftovers_right(target)
     _require_free(target, replace)
@@ -99,7 +98,7 @@ def export_bundle(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     temporary.mkdir()
     try:
-        parts = export_parts(family, data.validation.images[:2], advance)
+        parts = export_parts(family, data.validation.x[:2], advance)
         _write_graphs(temporary, parts, place(parts.initializers), chosen, advance)
         entries = _entries(
             family, chosen, validation, data, reference_path(family.tree, {p: accuracies[p] for p in chosen})
@@ -113,10 +112,12 @@ def export_bundle(
             input=TensorSpec(name="x", datatype="FP32", shape=(-1, *parts.input_shape)),
             state=TensorSpec(name="state", datatype="FP32", shape=(-1, *parts.state_shape)),
             output=TensorSpec(name="logits", datatype="FP32", shape=(-1, parts.classes)),
-            labels=tuple(str(digit) for digit in range(CLASSES)),
-            image=ImageInput(height=IMAGE_SIDE, width=IMAGE_SIDE),
+            labels=data.spec.labels,
+            image=data.spec.image,
+            features=data.spec.features,
+            normalisation=data.spec.normalisation,
             paths=entries,
-            provenance=_provenance(config, progress, origin),
+            provenance=_provenance(config, data, progress, origin),
             files={name: sha256_of(temporary / name) for name in names},
         )
         certificate = _certificate(family, manifest, data.certification)
@@ -160,19 +161,24 @@ def choose_paths(tree: Tree, accuracies: dict[Path, float], wish: str) -> tuple[
     return tuple(sorted(set(chosen), key=lambda path: (len(path), path)))
 
 
-def costs(family: Family) -> tuple[Cost, Cost]:
-    """FLOPs of one row (matrix products, a multiply-add counts two) and parameters, by part."""
-    example = torch.zeros(1, IMAGE_SIDE, IMAGE_SIDE)
-    with torch.no_grad():
+def costs(family: Family, example: torch.Tensor) -> tuple[Cost, Cost]:
+    """FLOPs of one row (matrix products and convolutions, a multiply-add counts two) and parameters, by part.
+
+    `example` is one row, `(1, *input_shape) float32`.
+    """
+    with torch.no_grad(), without_fused_kernels():
         state = family.embed(example)
         flops = Cost(
             _flops(partial(family.embed, example)),
             {node: _flops(partial(family.blocks.at, node, state)) for node in family.tree.nodes},
             _flops(partial(family.head, state)),
         )
-        sizes = {node: sum(w.numel() for w in family.blocks.of(node).values()) for node in family.tree.nodes}
-    embed, head = (sum(p.numel() for p in part.parameters()) for part in (family.embed, family.head))
-    return flops, Cost(embed, sizes, head)
+        sizes = {node: _size(family.blocks.module(node)) for node in family.tree.nodes}
+    return flops, Cost(_size(family.embed), sizes, _size(family.head))
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _flops(run: Callable[[], object]) -> int:
@@ -200,9 +206,9 @@ def _write_graphs(
 
 
 def _entries(
-    family: Family, paths: tuple[Path, ...], validation: dict[Path, NDArray[np.float32]], data: Digits, reference: Path
+    family: Family, paths: tuple[Path, ...], validation: dict[Path, NDArray[np.float32]], data: Dataset, reference: Path
 ) -> tuple[PathEntry, ...]:
-    flops, parameters = costs(family)
+    flops, parameters = costs(family, data.validation.x[:1])
     test = _logits(family, data.test, paths)
     entries = []
     for path in paths:
@@ -237,7 +243,7 @@ def _certificate(family: Family, manifest: Manifest, split: Split) -> Certificat
 
 
 def _logits(family: Family, split: Split, paths: Iterable[Path]) -> dict[Path, NDArray[np.float32]]:
-    logits = {path: values.numpy() for path, values in path_logits(family, split.images, paths).items()}
+    logits = {path: values.numpy() for path, values in path_logits(family, split.x, paths).items()}
     for path, values in logits.items():
         if not np.isfinite(values).all():
             raise BundleError(f"path {format_path(path)} of this family gives NaN or infinity: it cannot be served")
@@ -248,9 +254,9 @@ def _accuracy(logits: NDArray[np.float32], split: Split) -> float:
     return float((logits.argmax(axis=1) == split.labels.numpy()).mean())
 
 
-def _provenance(config: RunConfig, progress: Progress, origin: Origin) -> Provenance:
+def _provenance(config: RunConfig, data: Dataset, progress: Progress, origin: Origin) -> Provenance:
     return Provenance(
-        dataset=f"{config.data.name}, shift {config.data.shift}",
+        dataset=data.spec.description,
         method=config.train.method,
         seed=config.train.seed,
         steps=progress.steps,

@@ -13,8 +13,12 @@ from export.bundle import Exported, export_bundle
 from export.verify import TOLERANCE, verify_bundle
 from family.manifest import BundleError, check_files, load_manifest
 from family.tree import InvalidPath, format_path
-from training.checkpoint import CheckpointError, load_family, load_origin
-from training.data import load_digits
+from training.checkpoint import CheckpointError, Weights, load_family, load_origin
+from training.cli import factory_option, weights_option
+from training.config import ConfigError
+from training.dataset import DataError
+from training.model import Factory
+from training.sources import load_data_of
 
 console = Console()
 
@@ -33,7 +37,9 @@ def _bar() -> Progress:
     help="ladder | pareto | all | a list like 4,4-6-7.  [default: all up to 32 paths, else Pareto front and ladder]",
 )
 @click.option("--replace", is_flag=True, help="Replace BUNDLE if it is a bundle already.")
-def export(run: Path, bundle: Path, paths: str, replace: bool) -> None:
+@weights_option
+@factory_option
+def export(run: Path, bundle: Path, paths: str, replace: bool, weights: Weights | None, factory: Factory | None) -> None:
     """Write the family trained in RUN as the folder BUNDLE.
 
     BUNDLE gets one ONNX graph per path, the gated graph that serves all of them, one file of weights and a manifest.
@@ -46,8 +52,8 @@ def export(run: Path, bundle: Path, paths: str, replace: bool) -> None:
       hbll export runs/digits models/digits/2 --paths ladder
     """
     try:
-        config, family, progress = load_family(run)
-        data = load_digits(config.data.shift)
+        config, family, progress = load_family(run, factory, weights)
+        data = load_data_of(run, config.data)
         with _bar() as bar:
             task = bar.add_task("scoring the paths", total=None)
 
@@ -57,7 +63,7 @@ def export(run: Path, bundle: Path, paths: str, replace: bool) -> None:
             exported = export_bundle(
                 config, family, progress, load_origin(run), data, bundle, paths=paths, replace=replace, report=report
             )
-    except (BundleError, CheckpointError, InvalidPath, OSError) as exc:
+    except (BundleError, CheckpointError, ConfigError, DataError, InvalidPath, OSError) as exc:
         raise click.ClickException(str(exc)) from exc
     _summary(exported, bundle)
 
@@ -65,7 +71,9 @@ def export(run: Path, bundle: Path, paths: str, replace: bool) -> None:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False), help="The run's folder.")
-def verify(bundle: Path, checkpoint: Path | None) -> None:
+@weights_option
+@factory_option
+def verify(bundle: Path, checkpoint: Path | None, weights: Weights | None, factory: Factory | None) -> None:
     """Check that BUNDLE is whole and that all forms of every path give the same logits.
 
     Files are compared with the manifest's digests, graphs are checked by onnx, and each path's own graph is compared
@@ -75,13 +83,13 @@ def verify(bundle: Path, checkpoint: Path | None) -> None:
     try:
         manifest = load_manifest(bundle)
         check_files(bundle, manifest)
-        family = load_family(checkpoint)[1] if checkpoint else None
+        family = load_family(checkpoint, factory, weights)[1] if checkpoint else None
         with _bar() as bar:
             task = bar.add_task("verifying", total=len(manifest.paths))
             differences = verify_bundle(
                 bundle, manifest, family, lambda path: bar.update(task, advance=1, description=format_path(path))
             )
-    except (BundleError, CheckpointError) as exc:
+    except (BundleError, CheckpointError, ConfigError) as exc:
         raise click.ClickException(str(exc)) from exc
     table = Table(title=f"{bundle}: greatest difference of logits, at most {TOLERANCE:g} accepted")
     for column in ("path", "gated graph", "continued run", "torch"):

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from family.manifest import WEIGHTS_FILE
+from family.manifest import WEIGHTS_FILE, BundleError
 from family.tree import Path
-from training.blocks import StackedBlocks
 from training.model import Family
+from training.shapes import shapes_of
 
 OPSET = 20
 ALIGNMENT = 4096
@@ -40,6 +40,8 @@ class Part:
 
     def connect(self, source: str, target: str) -> list[NodeProto]:
         """The nodes, reading the value `source` and writing the value `target`."""
+        if self.output == self.input:  # a module that gives what it gets has no nodes
+            return [helper.make_node("Identity", [source], [target])]
         names = {self.input: source, self.output: target}
         connected = []
         for node in self.nodes:
@@ -92,20 +94,24 @@ def export_parts(family: Family, example: Tensor, advance: Callable[[str], None]
     """Run torch's exporter once for the embedding, each block and the head, with a free batch axis.
 
     `example` is an input of at least two rows. `advance` is told the name of each part when it is done.
+
+    Raises:
+        ShapeError: the parts do not fit each other.
+        BundleError: the exporter cannot translate a part; the message names it.
     """
     family = family.eval()
+    shapes = shapes_of(family, example)
     with torch.no_grad():
         state = family.embed(example)
-        logits = family.head(state)
     embed = _export(family.embed, example, "embed")
     advance("embed")
     blocks = {}
     for node in family.tree.nodes:
-        blocks[node] = _export(_Block(family.blocks, node), state, f"block{node}")
+        blocks[node] = _export(family.blocks.module(node), state, f"block{node}")
         advance(f"block {node}")
     head = _export(family.head, state, "head")
     advance("head")
-    return Parts(embed, blocks, head, tuple(example.shape[1:]), tuple(state.shape[1:]), logits.shape[1])
+    return Parts(embed, blocks, head, shapes.input, shapes.state, shapes.classes)
 
 
 def path_graph(parts: Parts, path: Path, placement: Placement) -> ModelProto:
@@ -160,43 +166,43 @@ def gated_graph(parts: Parts, placement: Placement) -> ModelProto:
     return _model(helper.make_graph(nodes, "family", inputs, outputs, tensors))
 
 
-class _Block(nn.Module):
-    """One block of a stack as a module of its own."""
-
-    def __init__(self, blocks: StackedBlocks, node: int) -> None:
-        super().__init__()
-        self._run = blocks.run
-        with torch.no_grad():
-            for name, weight in blocks.of(node).items():
-                self.register_buffer(name, weight.clone())
-
-    def forward(self, state: Tensor) -> Tensor:
-        return self._run(dict(self.named_buffers()), state)
-
-
 def _export(module: nn.Module, example: Tensor, name: str) -> Part:
     batch = torch.export.Dim("batch")
-    with _quiet_exporter():
-        program = torch.onnx.export(
-            module.eval(),
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({0: batch},),
-            opset_version=OPSET,
-            input_names=["in"],
-            output_names=["out"],
-            verbose=False,
-        )
+    try:
+        with _quiet_exporter(), without_fused_kernels():
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: batch},),
+                opset_version=OPSET,
+                input_names=["in"],
+                output_names=["out"],
+                verbose=False,
+            )
+    except Exception as exc:  # whatever torch or the module's own code raises while it is traced
+        raise BundleError(f"{name}: torch cannot export this module to ONNX with a free batch axis: {exc}") from exc
     assert program is not None
     model = onnx.compose.add_prefix(program.model_proto, f"{name}/")
     if model.functions:
-        raise ValueError(f"{name}: the exporter left functions in the graph, which cannot be stitched")
+        raise BundleError(f"{name}: the exporter left functions in the graph, which cannot be stitched")
     graph = model.graph
     for node in graph.node:  # source locations of this machine, ten times the size of what they describe
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     return Part(tuple(graph.node), graph.input[0].name, graph.output[0].name, tensors)
+
+
+@contextmanager
+def without_fused_kernels() -> Iterator[None]:
+    """Let torch's own transformer layers run as the operators that they are made of, which can be exported and counted."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

@@ -53,8 +53,7 @@ def verify_bundle(
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
             raise BundleError(f"{bundle / name} is not a valid ONNX graph: {exc}") from exc
     gated = _session(bundle / GATED_FILE)
-    rng = np.random.default_rng(0)
-    inputs = [rng.random((rows, *manifest.input.shape[1:]), dtype=np.float32) for rows in BATCHES]
+    inputs = [_examples(manifest, rows) for rows in BATCHES]
     expected = [path_logits(family, torch.from_numpy(x), manifest.offered) for x in inputs] if family else None
     differences = []
     for path, entry in manifest.offered.items():
@@ -80,6 +79,19 @@ def verify_bundle(
         differences.append(difference)
         advance(path)
     return differences
+
+
+def _examples(manifest: Manifest, rows: int) -> NDArray[np.float32]:
+    """Random inputs `(rows, *input_shape)` of the size that the training data have."""
+    rng = np.random.default_rng(0)
+    shape = manifest.input.shape[1:]
+    if manifest.image is not None or manifest.normalisation is None:
+        return rng.random((rows, *shape), dtype=np.float32)
+    over_row = (-1, *[1] * (len(shape) - 1))
+    mean, std = (
+        np.array(v, np.float32).reshape(over_row) for v in (manifest.normalisation.mean, manifest.normalisation.std)
+    )
+    return mean + std * rng.standard_normal((rows, *shape), dtype=np.float32)
 
 
 def _session(file: FilePath) -> ort.InferenceSession:

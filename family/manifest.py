@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from family.choice import best_by_depth, climb, pareto_front, reference_path
 from family.tree import InvalidPath, Path, Tree, format_path
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 GATED_FILE = "family.onnx"
@@ -54,11 +54,31 @@ class TensorSpec(_Model):
 
 
 class ImageInput(_Model):
-    """How an image becomes a row: grey, resized to `height` x `width`, its pixels divided by 255. The normalisation
-    that the model wants is inside the graphs."""
+    """How an image becomes a row: grey (`channels` 1) or red, green and blue (3), resized to `height` x `width`, its
+    pixels divided by 255. A grey row is `(height, width)`, a coloured one `(3, height, width)`."""
 
     height: int = Field(ge=1)
     width: int = Field(ge=1)
+    channels: Literal[1, 3] = 1
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of a row."""
+        return (self.height, self.width) if self.channels == 1 else (self.channels, self.height, self.width)
+
+
+class Normalisation(_Model):
+    """What the graphs themselves do with an input, so that clients need not: `(x - mean) / std`, with one value for all,
+    or one for each index of a row's first axis (a column of a table, a colour)."""
+
+    mean: tuple[float, ...] = Field(min_length=1)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Normalisation:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"expected as many means as standard deviations, got {len(self.mean)} and {len(self.std)}")
+        return self
 
 
 class Metrics(_Model):
@@ -126,6 +146,8 @@ class Manifest(_Model):
     output: TensorSpec
     labels: tuple[str, ...] = Field(min_length=1)
     image: ImageInput | None
+    features: tuple[str, ...] | None = Field(None, description="the columns of a table, in the order of the input")
+    normalisation: Normalisation | None = None
     paths: tuple[PathEntry, ...] = Field(min_length=1)
     certificate: Certificate | None = None
     provenance: Provenance
@@ -154,6 +176,11 @@ class Manifest(_Model):
             raise ValueError(
                 f"the certificate is for {self.certificate.sequence}, and these paths are climbed as {sequence}"
             )
+        row = self.input.shape[1:]
+        if self.image is not None and self.image.row_shape != row:
+            raise ValueError(f"images are rows of shape {list(self.image.row_shape)}, the input's are {list(row)}")
+        if self.features is not None and row != (len(self.features),):
+            raise ValueError(f"{len(self.features)} features for an input of shape {list(self.input.shape)}")
         if self.output.shape[-1] != len(self.labels):
             raise ValueError(f"{len(self.labels)} labels for an output of shape {list(self.output.shape)}")
         return self

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,20 +18,25 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import plan, predict, routes
+from service.access import Access
 from service.context import Context
+from service.description import complete
 from service.engine import Engine
 from service.errors import ServiceError
+from service.keys import OPEN_PATHS, KeyCheck, Keys
 from service.limits import LimitBody
 from service.metrics import Metrics
 from service.oip import infer as oip_infer
 from service.oip import routes as oip_routes
+from service.oip.rpc.port import check_grpc, open_rpc
 from service.pauses import watch_pauses
 from service.raw import RawRoute
 from service.reload import watch_repository
 from service.repository import Repository, ServedModel, open_repository
-from service.responses import on_http_exception, on_service_error, on_unknown_error, on_validation_error
+from service.responses import on_http_exception, on_service_error, on_validation_error
 from service.settings import Settings
 from service.tracing import open_tracer
 from service.versions import model_urls
@@ -45,15 +51,20 @@ latency budget allow. Wishes: an explicit `depth` or `path`, a `latency_budget_m
 
 
 def create_app(settings: Settings | None = None, repository: Repository | None = None) -> FastAPI:
-    """Build the application; `uvicorn --factory service.app:create_app` works too, set by `HBLL_*` variables.
+    """Build the application; `uvicorn --factory service.app:create_app` works too, set by `HBLL_*` variables. What concerns
+    the socket, its connections and the logs is then uvicorn's: `service.listener` and `service.logs` have no part in it.
 
     Models are checked and loaded here, so that a damaged bundle stops start-up; they are warmed up once it runs.
 
     Raises:
         BundleError: a bundle is damaged or missing; the message names the file.
+        GrpcError: gRPC is wanted and cannot be had.
+        KeysError: the file of API keys is missing or wrong.
         pydantic.ValidationError: a setting is wrong; the message names it.
     """
     settings = settings or Settings()
+    check_grpc(settings)
+    keys = Keys(settings.keys_file) if settings.keys_file is not None else None
     repository = repository or open_repository(settings)
     metrics = Metrics()
     tracer = open_tracer()
@@ -65,18 +76,26 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         trace=tracer is not None,
     )
 
+    context = Context(settings, repository, engine, metrics, tracer, keys)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        background = asyncio.create_task(_warm_up_and_watch(app), name="warm-up")
+        app.state.rpc = rpc = await open_rpc(context)
+        background = [asyncio.create_task(_warm_up_and_watch(app), name="warm-up")]
+        if keys is not None:
+            background.append(asyncio.create_task(keys.watch(), name="keys"))
         with watch_pauses(lambda pause_s: metrics.gc_seconds.observe(pause_s) if app.state.context.warm else None):
             yield
+        if rpc is not None:
+            await rpc.drain()
         await engine.stop()
-        background.cancel()
-        await asyncio.gather(background, return_exceptions=True)
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 
-    app = FastAPI(
+    app = _App(
         title="HBLL anytime inference",
         version=version("hbll-anytime"),
         description=DESCRIPTION,
@@ -86,10 +105,9 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
             ServiceError: on_service_error,
             HTTPException: on_http_exception,
             RequestValidationError: on_validation_error,
-            Exception: on_unknown_error,
         },
     )
-    app.state.context = Context(settings, repository, engine, metrics, tracer)
+    app.state.context = context
     app.state.metrics = metrics
     app.router.routes.extend(map(RawRoute, model_urls("/v1")))  # before the routes of the same URLs
     # Tried in order: first those that answer.
@@ -97,8 +115,19 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         app.include_router(router)
     for router in (routes.router, plan.router, oip_routes.router):
         app.include_router(router)
-    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
+    # Each around those before it.
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    if keys is not None:
+        open_paths = OPEN_PATHS if settings.metrics_need_key else OPEN_PATHS | {"/metrics"}
+        app.add_middleware(KeyCheck, keys=keys, open_paths=open_paths)
+    app.add_middleware(Access, log=settings.access_log)
     return app
+
+
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI's document and what it does not know of."""
+        return self.openapi_schema or complete(super().openapi())
 
 
 async def _warm_up_and_watch(app: FastAPI) -> None:
@@ -115,7 +144,7 @@ async def _warm_up(app: FastAPI) -> None:
         await context.engine.start(models)
         if not context.engine.ready:  # told to stop meanwhile
             return
-        transport = httpx.ASGITransport(app)
+        transport = httpx.ASGITransport(_internal(app))
         async with httpx.AsyncClient(transport=transport, base_url="http://warm-up") as client:
             for model in models:
                 for _ in range(_WARM_UP_REQUESTS):
@@ -134,6 +163,15 @@ async def _warm_up(app: FastAPI) -> None:
     gc.freeze()
     context.warm = True
     logger.info("ready: serving %s", ", ".join(f"{model.name} {model.version}" for model in models))
+
+
+def _internal(app: ASGIApp) -> ASGIApp:
+    """The app for the server's own requests: marked as such where no client can, they need no key and are not logged."""
+
+    async def marked(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "state": {"internal": True}}, receive, send)
+
+    return marked
 
 
 def _warm_up_requests(model: ServedModel) -> list[tuple[str, dict[str, object]]]:

@@ -52,9 +52,10 @@ def open_call(
     *,
     climb: bool = False,
     priority: int = 0,
+    at_most_ms: float | None = None,
 ) -> Call:
     """Everything that can be refused before the `rows` are decoded. With `climb` a request without a wish climbs to
-    the end.
+    the end. No budget is longer than `at_most_ms`, for which its client waits.
 
     Raises:
         InvalidInput: the path is none of the tree's.
@@ -65,6 +66,8 @@ def open_call(
     budget_ms = wishes.latency_budget_ms
     if budget_ms is None and not wishes.wishes:
         budget_ms = served.settings.default_latency_budget_ms
+    if at_most_ms is not None:
+        budget_ms = at_most_ms if budget_ms is None else min(budget_ms, at_most_ms)
     wish = resolve_wish(
         served.manifest,
         depth=wishes.depth,
@@ -112,7 +115,26 @@ def trace(ctx: Context, request: Request, call: Call, spans: Sequence[Timed], st
         "http.route": route,
         "http.response.status_code": status,
         "hbll.model": call.served.name,
+        "hbll.request_id": request.state.request_id,
         "hbll.version": call.served.version,
     }
     whole = Timed(f"{request.method} {route}", call.arrived_s, call.arrived_s + call.total_s, attributes)
     ctx.tracer.export(whole, spans, request.headers.get("traceparent"))
+
+
+def trace_rpc(
+    ctx: Context, method: str, traceparent: str | None, call: Call, spans: Sequence[Timed], status_code: int
+) -> None:
+    """`trace` for a call of the gRPC `method`, `package.Service/Method`, which ends with that status."""
+    if ctx.tracer is None:
+        return
+    service, _, name = method.partition("/")
+    attributes: dict[str, str | int] = {
+        "rpc.system": "grpc",
+        "rpc.service": service,
+        "rpc.method": name,
+        "rpc.grpc.status_code": status_code,
+        "hbll.model": call.served.name,
+    }
+    whole = Timed(method, call.arrived_s, call.arrived_s + call.total_s, attributes)
+    ctx.tracer.export(whole, spans, traceparent)

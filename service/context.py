@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from service.answers import Engine
+from service.keys import Keys
 from service.metrics import Metrics
 from service.repository import Repository, ServedModel
 from service.schemas import Error
@@ -19,13 +20,20 @@ class Context:
     """What the app hands to its routes."""
 
     def __init__(
-        self, settings: Settings, repository: Repository, engine: Engine, metrics: Metrics, tracer: Tracer | None = None
+        self,
+        settings: Settings,
+        repository: Repository,
+        engine: Engine,
+        metrics: Metrics,
+        tracer: Tracer | None = None,
+        keys: Keys | None = None,
     ) -> None:
         self.settings = settings
         self.repository = repository
         self.engine = engine
         self.metrics = metrics
         self.tracer = tracer
+        self.keys = keys
         self.loading = asyncio.Lock()  # versions come and go one at a time
         self.warm = False
 
@@ -52,21 +60,27 @@ async def _context(request: Request) -> Context:  # FastAPI would run a plain fu
 Ctx = Annotated[Context, Depends(_context)]
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that can answer with these errors."""
+def errors(*statuses: int, needs_key: bool = True) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that can answer with these errors, and those that any can: of the connection, and of API
+    keys if it `needs_key`."""
     meanings = {
         400: "The body, a base64 string or an image cannot be parsed; in /v2 also tensors or outputs that the model lacks",
+        401: "An API key is needed here, and there was none or an unknown one",
+        403: "The API key is not an operator's",
         404: "No such model, or not in this version",
+        408: "The body did not arrive in time",
         413: "The body is too long",
         415: "A content type or encoding that is not read",
         422: "Well-formed and not valid: a shape, a range, a depth or path that is not offered",
-        429: "Too many rows wait already; Retry-After says when to ask again",
+        429: "Too many rows wait already (`queue_full`), or the API key has had its share (`rate_limited`)",
+        431: "The URL and headers are too long",
         500: "The server met an error of its own",
         501: "Not served here",
-        503: "Warming up, shutting down or stuck; Retry-After says when to ask again",
+        503: "Warming up, shutting down or stuck, or too many connections are open",
         504: "The budget ran out before any block had run, or a strict request's cannot be met",
     }
-    return {status: {"model": Error, "description": meanings[status]} for status in statuses}
+    possible = {*statuses, 431, 503} | ({401, 429} if needs_key else set()) | ({408} if 413 in statuses else set())
+    return {status: {"model": Error, "description": meanings[status]} for status in sorted(possible)}
 
 
 def milliseconds(seconds: float) -> float:

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from family.manifest import ImageInput, Manifest
+from family.pixels import IMAGE_FORMATS, pixels_of
 from service.errors import InvalidInput, MalformedInput
 from service.runtime import Rows
-
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 class Decoder:
@@ -85,15 +84,14 @@ class Decoder:
         return values
 
     def _from_image(self, data: bytes, where: str, wanted: ImageInput) -> Rows:
-        """Upright, on black, grey, resized, 0..1. The size in the header is checked before any pixel is decoded."""
+        """As `family.pixels.pixels_of`. The size in the header is checked before any pixel is decoded."""
         too_many = f"{where}: expected at most {self._max_pixels} pixels in all images of a request"
         try:
-            with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 self._pixels_left -= image.width * image.height
                 if self._pixels_left < 0:
                     raise InvalidInput(f"{too_many}, got {image.width} x {image.height} here")
-                grey = _grey(ImageOps.exif_transpose(image))
-                resized = grey.resize((wanted.width, wanted.height), Image.Resampling.BILINEAR)
+                return pixels_of(image, wanted)
         except UnidentifiedImageError as exc:
             got = f"{len(data)} bytes of something else"
             raise MalformedInput(f"{where}: expected a PNG, JPEG, WebP, BMP or GIF file, got {got}") from exc
@@ -101,7 +99,6 @@ class Decoder:
             raise InvalidInput(f"{too_many}, got far more") from exc
         except (OSError, SyntaxError, ValueError, EOFError) as exc:  # Pillow's words for a damaged file
             raise MalformedInput(f"{where}: the image is damaged: {exc}") from exc
-        return np.asarray(resized, np.float32) / np.float32(255)
 
 
 def check_rows(rows: Rows, name: str, *, pixels: bool) -> None:
@@ -121,16 +118,6 @@ def check_rows(rows: Rows, name: str, *, pixels: bool) -> None:
 def takes_long(inputs: Sequence[Any]) -> bool:
     """Whether decoding takes long enough to be kept off the event loop: images, or many rows."""
     return len(inputs) > 4 or any(isinstance(row, dict) and "image" in row for row in inputs)
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """As 8-bit grey: 16-bit values scaled, what is transparent black."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-        return Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", opaque.size, "black"), opaque).convert("L")
-    return image.convert("L")
 
 
 def _base64(text: Any, where: str) -> bytes:

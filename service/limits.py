@@ -1,8 +1,9 @@
-"""ASGI middleware: stamps a request's arrival, decompresses its body, and stops bodies that are or become too long,
+"""ASGI middleware: decompresses a request's body, and stops bodies that are or become too long, or take too long to come,
 before anything is parsed. What content types are read is each router's matter: `service.media`."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable
 
@@ -10,54 +11,60 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.encodings import Inflater
-from service.errors import BodyTooLarge, MalformedInput, ServiceError
+from service.errors import BodyTooLarge, MalformedInput, RequestTimeout, ServiceError
 from service.responses import error_response
 
 
 class LimitBody:
-    """Refuses bodies longer than `max_bytes`, as they come or decompressed, and encodings that are not read.
+    """Refuses bodies longer than `max_bytes`, as they come or decompressed, those not whole after `timeout_s`, and
+    encodings that are not read."""
 
-    A request's `state` gets `arrived_s`, on the monotonic clock: budgets run from here.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope.setdefault("state", {})["arrived_s"] = time.monotonic()
+        due_s = scope["state"]["arrived_s"] + self._timeout_s
         try:
             inflater = self._check(scope["headers"])
         except ServiceError as error:
             await error_response(error, scope)(scope, receive, send)
             return
 
-        read = 0
+        read, whole = 0, False
 
         async def limited_receive() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            if whole:  # what comes now is that the client goes
+                return await receive()
+            # The framework turns all but its own exceptions into a 400 while it reads a body.
+            try:
+                async with asyncio.timeout(due_s - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"expected the whole body within {self._timeout_s:g} s, got {read} bytes"
+                raise HTTPException(408, detail, RequestTimeout.headers) from None
             if message["type"] != "http.request":
                 return message
+            whole = not message.get("more_body", False)
             body: bytes = message.get("body", b"")
             read += len(body)
-            # The framework turns all but its own exceptions into a 400 while it reads a body.
             if read > self._max_bytes:
                 raise HTTPException(413, f"expected a body of at most {self._max_bytes} bytes, got more")
             if inflater is None:
                 return message
-            more = message.get("more_body", False)
             try:
                 plain = inflater.feed(body)
-                if not more:
+                if whole:
                     inflater.finish()
             except ServiceError as error:
                 raise HTTPException(error.status, str(error)) from error
-            return {"type": "http.request", "body": plain, "more_body": more}
+            return {"type": "http.request", "body": plain, "more_body": not whole}
 
         await self._app(scope, limited_receive, send)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 
 from family.tree import format_path
 from service.call import Call, open_call
 from service.context import Context, Ctx, errors, milliseconds
 from service.drift import DriftWatch
 from service.errors import InvalidInput, NotReady
+from service.keys import require_operator
 from service.media import JSON, reading
 from service.policy.state import Step
 from service.repository import ServedModel
@@ -76,7 +77,15 @@ async def audits(served: Served, ctx: Ctx) -> Audits:
     return _audits(served, _drift(ctx, served))
 
 
-@for_models(router, "/v1", "POST", "/audits/reset", tags=["models"], responses=errors(404, 415, 500, 503))
+@for_models(
+    router,
+    "/v1",
+    "POST",
+    "/audits/reset",
+    tags=["models"],
+    responses=errors(403, 404, 415, 500, 503),
+    dependencies=[Depends(require_operator)],
+)
 async def reset_audits(served: Served, ctx: Ctx) -> Audits:
     """Trust the certificate again: forget all audits, and let levels exit early whose alarm was raised."""
     drift = _drift(ctx, served)

@@ -12,6 +12,7 @@ from starlette.responses import StreamingResponse
 
 from family.manifest import Manifest
 from family.tree import format_path
+from service.access import note_answer
 from service.answers import Answer, OnAnswer, RowAnswer
 from service.call import Call, count_answered, count_failed, learn_send, open_call, trace
 from service.context import Context, Ctx, errors, milliseconds
@@ -71,6 +72,7 @@ async def answer_call(request: Request, ctx: Context, call: Call, x: Rows, *, pr
     count_answered(ctx.metrics, call, total_s)
     learn_send(call, answer)
     trace(ctx, request, call, answer.spans, 200)
+    note_answer(request, answer, deadline_met=call.deadline_met(total_s))
     # A plain dict, serialised here: validating our own answer, once or as FastAPI would twice, costs more than the rest.
     content = {
         "model": served.name,
@@ -118,6 +120,7 @@ async def predict_stream(body: StreamRequest, request: Request, ctx: Ctx) -> Res
         total_s = call.total_s
         count_answered(ctx.metrics, call, total_s)
         trace(ctx, request, call, answer.spans, 200)
+        note_answer(request, answer, deadline_met=call.deadline_met(total_s))
         return StreamEnd(
             model=call.served.name,
             version=call.served.version,

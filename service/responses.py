@@ -17,7 +17,13 @@ from service.errors import InvalidInput, MalformedInput, ServiceError
 logger = logging.getLogger(__name__)
 
 _LONGEST_MESSAGE = 500
-_HTTP_CODES = {400: "malformed_input", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_HTTP_CODES = {
+    400: "malformed_input",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "body_too_large",
+}
 
 
 def error_response(error: ServiceError, scope: Scope) -> JSONResponse:
@@ -70,11 +76,13 @@ async def on_unknown_error(request: Request, exc: Exception) -> JSONResponse:
 
 
 def _respond(
-    scope: Scope, status: int, code: str, message: str, headers: dict[str, str], details: dict[str, object]
+    scope: Scope, status: int, code: str, message: str, headers: Mapping[str, str], details: dict[str, object]
 ) -> JSONResponse:
     scope["app"].state.metrics.refusals.labels(code).inc()
-    # Messages quote what came: half a surrogate pair cannot be sent, a megabyte need not be.
+    return JSONResponse({"error": sentence(message), "code": code, **details}, status, headers)
+
+
+def sentence(message: str) -> str:
+    """What is told of an error. Messages quote what came: half a surrogate pair cannot be sent, a megabyte need not be."""
     message = message.encode("utf-8", "backslashreplace").decode()
-    if len(message) > _LONGEST_MESSAGE:
-        message = message[:_LONGEST_MESSAGE] + "..."
-    return JSONResponse({"error": message, "code": code, **details}, status, headers)
+    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "..."

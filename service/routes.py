@@ -91,6 +91,7 @@ async def describe_model(served: Served, ctx: Ctx) -> ModelDetail:
         **_summary(ctx, served).model_dump(),
         hierarchy_depth=manifest.hierarchy_depth,
         input_shape=list(manifest.input.shape[1:]),
+        features=list(manifest.features) if manifest.features is not None else None,
         labels=list(manifest.labels),
         reference=format_path(climb[-1]),
         climb=[format_path(path) for path in climb],
@@ -104,7 +105,7 @@ async def describe_model(served: Served, ctx: Ctx) -> ModelDetail:
     )
 
 
-@router.get("/health/live", tags=["health"])
+@router.get("/health/live", tags=["health"], responses=errors(needs_key=False))
 async def live() -> Live:
     """The process answers."""
     return Live(live=True)
@@ -127,7 +128,7 @@ async def ready(ctx: Ctx) -> Response:
     return JSONResponse({"ready": is_ready, "drift_alarms": alarms}, 200 if is_ready else 503)
 
 
-@router.get("/metrics", tags=["health"], response_class=PlainTextResponse)
+@router.get("/metrics", tags=["health"], response_class=PlainTextResponse, responses=errors())
 async def metrics(ctx: Ctx) -> Response:
     """Prometheus exposition."""
     ctx.metrics.ready.set(ctx.ready)

@@ -253,6 +253,9 @@ class ModelDetail(ModelSummary):
 
     hierarchy_depth: int
     input_shape: list[int]
+    features: list[str] | None = Field(
+        description="the columns of a table, in the order of the input; null for other models"
+    )
     labels: list[str]
     reference: str = Field(description="the path that is best on validation")
     climb: list[str] = Field(description="where a request with min_confidence or max_risk is answered, in order")

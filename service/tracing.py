@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-_STATUS = "http.response.status_code"
+_STATUS, _RPC_STATUS = "http.response.status_code", "rpc.grpc.status_code"
+_FAILED_RPCS = (2, 4, 12, 13, 14, 15)
+"""UNKNOWN, DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE, DATA_LOSS: a server's own by the conventions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Tracer:
 
         Args:
             request: the whole; its attributes may follow the semantic conventions, and an `http.response.status_code` of
-                500 or more marks the span as failed, as they demand.
+                500 or more, or a gRPC status that is the server's fault, marks the span as failed, as they demand.
             children: its parts, in any order; they may overlap.
             traceparent: the header of that name (W3C Trace Context), if the request had one. A malformed one counts as
                 none.
@@ -79,7 +81,8 @@ class Tracer:
                 start_ns, end_ns = self._epoch_ns(child.start_s), self._epoch_ns(child.end_s)
                 self._tracer.start_span(child.name, within, attributes=child.attributes, start_time=start_ns).end(end_ns)
             status = request.attributes.get(_STATUS)
-            if isinstance(status, int) and status >= 500:
+            failed = isinstance(status, int) and status >= 500
+            if failed or request.attributes.get(_RPC_STATUS) in _FAILED_RPCS:
                 span.set_status(StatusCode.ERROR)
         span.end(self._epoch_ns(request.end_s))
 

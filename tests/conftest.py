@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -20,7 +21,8 @@ from export.bundle import export_bundle
 from family.manifest import Manifest, load_manifest
 from training.checkpoint import load_family, load_origin
 from training.config import RunConfig, TrainConfig, VitConfig
-from training.data import Digits, load_digits
+from training.dataset import Dataset
+from training.digits import load_digits
 from training.trainer import train
 
 # How fast a shared machine makes up examples says nothing about the code.
@@ -39,7 +41,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def digits() -> Digits:
+def digits() -> Dataset:
     return load_digits(shift=4)
 
 
@@ -60,7 +62,7 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Trained:
     root = tmp_path_factory.mktemp("trained")
     config = RunConfig(model=SMALL_VIT, train=TrainConfig(method="chains", budget=30, evaluations=2))
     train(config, root / "run", digits, lambda _: None)
@@ -96,8 +98,14 @@ def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         live.stop()
 
 
-def start_server(models: Path, folder: Path, settings: dict[str, str] | None = None, until: str = "ready") -> LiveServer:
-    """Start `hbll serve` on a free port and wait until it says that it is ready (or live)."""
+def start_server(
+    models: Path,
+    folder: Path,
+    settings: dict[str, str] | None = None,
+    until: str = "ready",
+    trust: ssl.SSLContext | None = None,
+) -> LiveServer:
+    """Start `hbll serve` on a free port and wait until it says that it is ready (or live); by TLS if there is `trust`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -108,11 +116,11 @@ def start_server(models: Path, folder: Path, settings: dict[str, str] | None = N
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment | (settings or {})
         )
-    live = LiveServer(process, f"http://127.0.0.1:{port}", log)
+    live = LiveServer(process, f"{'https' if trust else 'http'}://127.0.0.1:{port}", log)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{live.url}/health/{until}").status_code == 200:
+            if httpx.get(f"{live.url}/health/{until}", verify=trust or True).status_code == 200:
                 return live
         except httpx.TransportError:
             pass

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = {"family", "training", "export", "service", "benchmarks"}
+OURS = {"family", "training", "export", "service", "benchmarks", "hbll"}
 ARROWS = {
     "family": set(),
     "training": {"family"},
     "export": {"training", "family"},
     "service": {"family"},
-    "benchmarks": {"family", "training", "export", "service"},
+    "benchmarks": {"family", "training", "export", "service", "hbll"},
+    "hbll": set(),  # the command line imports the others by name, when they are called
 }
 HEAVY = {
     "torch",
@@ -67,10 +68,21 @@ def test_only_the_runtime_knows_onnxruntime() -> None:
     assert knowing == ["runtime.py"]
 
 
-def test_the_kernel_needs_pydantic_at_most() -> None:
+def test_the_kernel_needs_pydantic_and_for_pixels_numpy_and_pillow_at_most() -> None:
     for file in (ROOT / "family").glob("*.py"):
         third_party = imported(file) - set(sys.stdlib_module_names) - OURS
-        assert third_party <= ({"pydantic"} if file.name == "manifest.py" else set()), file
+        allowed = {"manifest.py": {"pydantic"}, "pixels.py": {"numpy", "PIL"}}
+        assert third_party <= allowed.get(file.name, set()), file
+
+
+def test_the_client_needs_httpx_anyio_and_numpy_and_pil_only_for_who_has_its_images() -> None:
+    files = sorted((ROOT / "hbll" / "client").glob("**/*.py"))
+    assert files
+    third_party = {file.name: imported(file) - set(sys.stdlib_module_names) - {"hbll"} for file in files}
+    assert set().union(*third_party.values()) == {"httpx", "anyio", "numpy", "PIL"}
+    assert [name for name, names in third_party.items() if "PIL" in names] == ["inputs.py"]
+    code = "import hbll.client, sys; print({'PIL', 'pydantic', 'fastapi', 'onnxruntime', 'service'} & set(sys.modules))"
+    assert _run_blocked(code).stdout == "set()\n"
 
 
 def _run_blocked(code: str) -> subprocess.CompletedProcess[str]:
@@ -102,14 +114,14 @@ asyncio.run(main())
 
 @pytest.mark.parametrize(("command", "extra"), [("train", "train"), ("export", "export,train,cpu")])
 def test_a_missing_extra_is_named(command: str, extra: str) -> None:
-    done = _run_blocked(f"import hbll; hbll.main(['{command}', '--help'])")
+    done = _run_blocked(f"from hbll.cli import main; main(['{command}', '--help'])")
     assert done.returncode == 1
     assert f"pip install 'hbll-anytime[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_help_needs_nothing() -> None:
-    done = _run_blocked("import hbll; hbll.main(['--help'])")
+    done = _run_blocked("from hbll.cli import main; main(['--help'])")
     assert done.returncode == 0
     for name in ("train", "evaluate", "export", "inspect", "verify", "serve", "predict"):
         assert name in done.stdout

@@ -1,6 +1,6 @@
-"""The blocks of a family, all `N-1` of them in stacked tensors.
+"""The blocks of a family: any modules, one for each node, or the fast way, all `N-1` of them in stacked tensors.
 
-Every parameter has a leading axis of size `N-1`; index `n-1` belongs to node `n`. The nodes of a level and their
+Stacked, every parameter has a leading axis of size `N-1`; index `n-1` belongs to node `n`. The nodes of a level and their
 right parents are arithmetic progressions (see `family.tree`), so any set of blocks that training runs together is a
 strided *view* of the stack and costs no copy.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,8 +20,45 @@ Weights = dict[str, Tensor]
 """Parameter name -> tensor: of one block, or of `k` blocks with a leading axis `k`."""
 
 
-class StackedBlocks(nn.Module, ABC):
-    """`count` blocks of one architecture whose states all have the shape `state_shape`."""
+class Blocks(nn.Module, ABC):
+    """`count` blocks; node `n` owns the n-th."""
+
+    count: int
+
+    @abstractmethod
+    def at(self, node: int, state: Tensor) -> Tensor:
+        """`f_node(state)`, `(batch, *state_shape)` -> the same shape."""
+
+    @abstractmethod
+    def at_each(self, nodes: range, states: Tensor) -> Tensor:
+        """The blocks of `k` nodes on a batch of states each, `(k, batch, *state_shape)` -> the same shape."""
+
+    @abstractmethod
+    def module(self, node: int) -> nn.Module:
+        """The block of a node as a module of its own: what is exported and counted."""
+
+
+class SeparateBlocks(Blocks):
+    """Any modules, one for each node: run one by one, so a level costs as many calls as it has nodes."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.count = len(modules)
+        self.nodes = nn.ModuleDict({str(node): module for node, module in enumerate(modules, start=1)})
+
+    def at(self, node: int, state: Tensor) -> Tensor:
+        result: Tensor = self.nodes[str(node)](state)
+        return result
+
+    def at_each(self, nodes: range, states: Tensor) -> Tensor:
+        return torch.stack([self.at(node, state) for node, state in zip(nodes, states, strict=True)])
+
+    def module(self, node: int) -> nn.Module:
+        return self.nodes[str(node)]
+
+
+class StackedBlocks(Blocks):
+    """Blocks of one architecture whose states all have the shape `state_shape`; a level is one batched call."""
 
     def __init__(self, count: int, state_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -55,8 +92,27 @@ class StackedBlocks(nn.Module, ABC):
         """
 
     def at(self, node: int, state: Tensor) -> Tensor:
-        """`f_node(state)`, `(batch, *state_shape)` -> the same shape."""
         return self.run(self.of(node), state)
+
+    def at_each(self, nodes: range, states: Tensor) -> Tensor:
+        return self.run(self.of(nodes), states)
+
+    def module(self, node: int) -> nn.Module:
+        return _OneOfStack(self, node)
+
+
+class _OneOfStack(nn.Module):
+    """One block of a stack, with a copy of its weights."""
+
+    def __init__(self, blocks: StackedBlocks, node: int) -> None:
+        super().__init__()
+        self._run = blocks.run
+        with torch.no_grad():
+            for name, weight in blocks.of(node).items():
+                self.register_parameter(name, nn.Parameter(weight.clone()))
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self._run(dict(self.named_parameters()), state)
 
 
 def _adder(total: Tensor) -> Callable[[Tensor], None]:

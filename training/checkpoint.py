@@ -1,4 +1,5 @@
-"""Checkpoints: one safetensors file with weights, optimizer state and progress, beside the run's `config.json`.
+"""Checkpoints: one safetensors file with weights, optimizer state and progress, beside the run's `config.json`
+and the description of its data, `data.json`.
 
 Nothing is ever unpickled, so a checkpoint from a stranger can be opened. Files appear atomically: a run killed
 while writing leaves the checkpoint before it intact.
@@ -12,6 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import safetensors
 import torch
@@ -19,11 +21,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from training.config import RunConfig, parse_config
-from training.model import Family, build_family
+from training.dataset import DataSpec
+from training.digits import DIGITS
+from training.model import Factory, Family, build_family
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
+BEST_FILE = "best.safetensors"
 CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+Weights = Literal["final", "best"]
 
 
 class CheckpointError(ValueError):
@@ -49,6 +58,11 @@ class Origin:
     def here(cls) -> Origin:
         """Of this process."""
         return cls(_git_revision(), {name: version(name) for name in ("torch", "numpy", "mlxtend")})
+
+
+def trainable(family: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name: all that the user has not frozen."""
+    return {name: parameter for name, parameter in family.named_parameters() if parameter.requires_grad}
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -84,8 +98,30 @@ def load_run_config(run: Path) -> RunConfig:
         raise CheckpointError(f"{file} is not the configuration of a run: {exc}") from exc
 
 
-def save_checkpoint(run: Path, family: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write weights, optimizer moments and progress as one file."""
+def save_spec(run: Path, spec: DataSpec) -> None:
+    """Write `data.json` of a run."""
+    write_atomically(run / DATA_FILE, spec.model_dump_json(indent=2).encode())
+
+
+def load_spec(run: Path) -> DataSpec:
+    """Read what the data of a run were; before there were others than the digits, a run did not say.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    file = run / DATA_FILE
+    try:
+        return DataSpec.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return DIGITS
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{file} is not the description of a run's data: {exc}") from exc
+
+
+def save_checkpoint(
+    run: Path, family: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, best: bool = False
+) -> None:
+    """Write weights, optimizer moments and progress as one file, and a second time as the best so far."""
     tensors = {_MODEL + name: tensor.detach().contiguous() for name, tensor in family.state_dict().items()}
     for name, parameter in family.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -97,23 +133,28 @@ def save_checkpoint(run: Path, family: nn.Module, optimizer: torch.optim.Optimiz
         "git_revision": origin.git_revision or "",
         "libraries": json.dumps(origin.libraries),
     }
-    write_atomically(run / CHECKPOINT_FILE, save(tensors, metadata=metadata))
+    content = save(tensors, metadata=metadata)
+    if best:
+        write_atomically(run / BEST_FILE, content)
+    write_atomically(run / CHECKPOINT_FILE, content)
 
 
-def load_checkpoint(run: Path, family: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Progress:
+def load_checkpoint(
+    run: Path, family: nn.Module, optimizer: torch.optim.Optimizer | None = None, name: str = CHECKPOINT_FILE
+) -> Progress:
     """Fill `family` (and `optimizer`) from a run's checkpoint and return its progress.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another architecture.
     """
-    file = run / CHECKPOINT_FILE
+    file = run / name
     tensors, metadata = _read(file)
     weights = {name.removeprefix(_MODEL): tensor for name, tensor in tensors.items() if name.startswith(_MODEL)}
     try:
         family.load_state_dict(weights)
         progress = Progress(int(metadata["steps"]), int(metadata["evaluations"]))
         if optimizer is not None:
-            for name, parameter in family.named_parameters():
+            for name, parameter in trainable(family).items():
                 prefix = f"{_OPTIMIZER}{name}."
                 state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
                 _check_moments(name, parameter, state)
@@ -123,15 +164,23 @@ def load_checkpoint(run: Path, family: nn.Module, optimizer: torch.optim.Optimiz
     return progress
 
 
-def load_family(run: Path) -> tuple[RunConfig, Family, Progress]:
-    """Rebuild the family that a run trained, on the CPU, ready for evaluation.
+def load_family(
+    run: Path, factory: Factory | None = None, weights: Weights | None = None
+) -> tuple[RunConfig, Family, Progress]:
+    """Rebuild the family that a run trained, on the CPU, ready for evaluation; a custom one needs its `factory`.
+
+    `weights` are the final ones or the best on validation data; not said: the best if the run could stop early, else the
+    final ones, which come after the schedule's slow end.
 
     Raises:
         CheckpointError: as `load_run_config` and `load_checkpoint`.
+        ConfigError: the model is custom and there is no factory.
     """
     config = load_run_config(run)
-    family = build_family(config.model, config.train.seed)
-    progress = load_checkpoint(run, family)
+    family = build_family(config.model, config.train.seed, load_spec(run), factory)
+    if weights is None:
+        weights = "best" if config.train.patience else "final"
+    progress = load_checkpoint(run, family, name=BEST_FILE if weights == "best" else CHECKPOINT_FILE)
     return config, family.eval(), progress
 
 

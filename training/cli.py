@@ -6,25 +6,27 @@ from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from family import tree as algebra
-from family.choice import best_by_depth, pareto_front, reference_path
+from family.choice import pareto_front, reference_path
 from training import compare as comparison
-from training.checkpoint import CheckpointError, load_family
+from training.checkpoint import CheckpointError, Weights, load_family
 from training.config import ConfigError, MethodName, RunConfig, dump_config, load_config, parse_override
-from training.data import TRAINING_IMAGES, Digits, load_digits
-from training.evaluate import METRICS_FILE, PathScore, measure, write_metrics
+from training.custom import import_factory
+from training.dataset import DataError, Dataset
+from training.distributed import TeamError, join
+from training.evaluate import METRICS_FILE, measure, write_metrics
 from training.methods import METHODS, steps_of, trained_paths
-from training.model import Family, build_family
+from training.model import Factory, Family, build_family
 from training.plots import plot_accuracy_over_depth, plot_history
+from training.progress import console, download_with_bar, train_with_bar
 from training.report import Record, write_report
+from training.shapes import ShapeError
+from training.sources import load_data, load_data_of
+from training.splits import Splits
 from training.trainer import LOG_FILE, History, Report, TrainingDiverged
-from training.trainer import train as run_training
-
-console = Console()
 
 _METHODS = "\b\nMethods:\n" + "\n".join(f"  {name:12} {method.summary}" for name, method in METHODS.items())
 
@@ -75,6 +77,28 @@ _threads = click.option(
 )
 
 
+def _import_factory(_context: click.Context, _option: click.Parameter, name: str | None) -> Factory | None:
+    try:
+        return None if name is None else import_factory(name)
+    except ConfigError as exc:
+        raise click.BadParameter(str(exc)) from exc
+
+
+factory_option = click.option(
+    "--factory",
+    callback=_import_factory,
+    metavar="MODULE:FUNCTION",
+    help="Runs this code of yours to build a model of kind custom.",
+)
+
+
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(["final", "best"]),
+    help="Of the end of the run, or of its best validation.  [default: final; best with train.patience]",
+)
+
+
 @click.command(epilog=_METHODS)
 @_config
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/digits"), show_default=True)
@@ -85,7 +109,13 @@ _threads = click.option(
 @_budget
 @_set
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
+@click.option("--download", is_flag=True, help="Fetch the files of mnist, cifar10 or cifar100 that are not there.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration, the model's size and the work, and exit.")
+@factory_option
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where steps run.")
+@click.option(
+    "--tree-ranks", type=int, default=1, show_default=True, help="Ranks that divide the nodes of a level among them."
+)
 @_threads
 def train(
     config: Path | None,
@@ -97,7 +127,11 @@ def train(
     budget: float | None,
     settings: dict[str, object],
     resume: bool,
+    download: bool,
     dry_run: bool,
+    factory: Factory | None,
+    device: str,
+    tree_ranks: int,
     threads: int,
 ) -> None:
     """Train a family of subnetworks that share one set of weights.
@@ -105,11 +139,16 @@ def train(
     The folder --out gets config.json, checkpoint.safetensors, log.csv, TensorBoard events and, at the end,
     metrics.json and plots. A killed run goes on with --resume.
 
+    Started by torchrun, all its ranks train one family: they divide the batch among them, or with --tree-ranks (methods
+    hbll and hbll-paper) the nodes of every level, or both. The result does not depend on their number, and a run can go
+    on with another one. docs/parallel.md tells what to expect.
+
     \b
     Examples:
       hbll train
       hbll train --method bp --blocks 3 --budget 90 --out runs/bp3
       hbll train --config training/configs/mlp.toml --out runs/mlp
+      torchrun --nproc-per-node 2 -m hbll train --method hbll --tree-ranks 2 --out runs/both
       hbll train --config training/configs/resmlp.toml --set model.width=96 --set train.lr=2e-3 --dry-run
     """
     flags = {"method": method, "blocks": blocks, "hbll_share": hbll_share, "seed": seed, "budget": budget}
@@ -117,13 +156,19 @@ def train(
     torch.set_num_threads(threads)
     try:
         run = load_config(config, given | settings)
+        if download:
+            download_with_bar(run.data)
+        data = load_data(run.data)
+        family = build_family(run.model, run.train.seed, data.spec, factory)
         if dry_run:
-            _describe(run)
+            _describe(run, family, data)
             return
-        data = load_digits(run.data.shift)
-        family = _train_with_bar(run, out, data, resume)
-    except (ConfigError, CheckpointError, TrainingDiverged, ValueError) as exc:
+        with join(device, tree_ranks) as team:
+            family = train_with_bar(run, out, data, family=family, resume=resume, team=team)
+    except (ConfigError, CheckpointError, DataError, ShapeError, TeamError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
+    if not team.leads:
+        return
     plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
     _report(run, family, data, out)
 
@@ -176,11 +221,11 @@ def compare(
     given: dict[str, object] = {} if budget is None else {"train.budget": budget}
     try:
         base = load_config(config, given | settings)
+        data = load_data(base.data)
         tuning = comparison.plan_tuning(base, methods, tuning_seeds, rates)
-        comparison.plan(base, methods, seeds, TRAINING_IMAGES)  # what cannot be is told before hours of tuning
-        data = load_digits(base.data.shift)
+        comparison.plan(base, methods, seeds, len(data.train))  # what cannot be is told before hours of tuning
         tuned = _run_with_bar("tuning", tuning, out, data) if tuning else []
-        jobs = comparison.plan(base, methods, seeds, TRAINING_IMAGES, comparison.choose_rates(base, tuned))
+        jobs = comparison.plan(base, methods, seeds, len(data.train), comparison.choose_rates(base, tuned))
         found = tuned + _run_with_bar("comparing", jobs, out, data)
         records = [record for _, of_run in found for record in of_run]
         sizes = comparison.separate_blocks(algebra.Tree(base.model.hierarchy_depth))
@@ -194,53 +239,25 @@ def compare(
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Where files go.  [default: RUN]")
-def evaluate(run: Path, out: Path | None) -> None:
+@weights_option
+@factory_option
+def evaluate(run: Path, out: Path | None, weights: Weights | None, factory: Factory | None) -> None:
     """Score every path of the trained family in RUN on its validation and test data.
 
     Prints a table and writes metrics.json and accuracy_over_depth.png.
     """
     try:
-        config, family, _ = load_family(run)
-    except (CheckpointError, ValueError) as exc:
+        config, family, _ = load_family(run, factory, weights)
+        data = load_data_of(run, config.data)
+    except (CheckpointError, ConfigError, DataError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     target = out or run
     target.mkdir(parents=True, exist_ok=True)
-    _report(config, family, load_digits(config.data.shift), target)
-
-
-def _train_with_bar(run: RunConfig, out: Path, data: Digits, resume: bool) -> Family:
-    columns = (
-        TextColumn("[bold]training"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]} | validation {task.fields[accuracy]}"),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4) as bar:
-        task = bar.add_task("training", total=1.0, loss="-", accuracy="-")
-
-        def on_step(report: Report) -> None:
-            bar.update(task, completed=report.share)
-            if report.step % 20 == 0:
-                bar.update(task, loss=f"{report.loss:.3f}")
-            if report.scores:
-                line = _accuracy_line(algebra.Tree(run.model.hierarchy_depth), report.scores)
-                bar.update(task, accuracy=line)
-                if not console.is_terminal:
-                    console.print(f"step {report.step} ({report.share:.0%}): loss {report.loss:.3f}, validation {line}")
-
-        return run_training(run, out, data, on_step, resume=resume)
-
-
-def _accuracy_line(tree: algebra.Tree, scores: dict[algebra.Path, PathScore]) -> str:
-    best = best_by_depth(tree, {path: result.accuracy for path, result in scores.items()})
-    return "  ".join(f"{depth}:{100 * scores[path].accuracy:.1f}" for depth, path in best.items()) + " %"
+    _report(config, family, data, target)
 
 
 def _run_with_bar(
-    what: str, jobs: list[comparison.Job], out: Path, data: Digits
+    what: str, jobs: list[comparison.Job], out: Path, data: Dataset
 ) -> list[tuple[comparison.Job, list[Record]]]:
     """All runs and what they found; one that diverges is named and left out."""
     work = sum(job.config.train.budget for job in jobs) * len(data.train)
@@ -276,15 +293,19 @@ def _run_with_bar(
     return finished
 
 
-def _describe(run: RunConfig) -> None:
-    """Print what `hbll train` would do: the configuration as TOML, the model's size, the work."""
-    family = build_family(run.model, run.train.seed)
+def _describe(run: RunConfig, family: Family, data: Dataset) -> None:
+    """Print what `hbll train` would do: the configuration as TOML, the data, the model's size, the work."""
+    rows = len(data.train)
     tree, method = family.tree, METHODS[run.train.method]
     embed, blocks, head = (sum(p.numel() for p in part.parameters()) for part in (family.embed, family.blocks, family.head))
-    steps = steps_of(run, tree, TRAINING_IMAGES)
-    of_an_image = method.evaluations(run.train, tree)
+    steps = steps_of(run, tree, rows)
+    of_a_row = method.evaluations(run.train, tree)
     paths = method.paths(run.train, tree) if method.paths else None
     click.echo(dump_config(run))
+    sizes = ", ".join(f"{len(getattr(data, name)):,} {name}" for name in Splits._fields)
+    click.echo(
+        f"# data: {data.spec.description}; {sizes}; rows of {list(data.spec.input_shape)}, {len(data.spec.labels)} classes"
+    )
     click.echo(f"# method: {method.summary}")
     click.echo(f"# paths trained: {len(paths) if paths else tree.count_paths()} of {tree.count_paths()}")
     click.echo(
@@ -292,12 +313,12 @@ def _describe(run: RunConfig) -> None:
         f"{blocks // len(tree.nodes):,} of the blocks, {head:,} of the head"
     )
     click.echo(
-        f"# work: {run.train.budget * TRAINING_IMAGES:,.0f} block evaluations, {of_an_image:.4g} an image on average; "
-        f"about {steps:,} steps, {steps * run.train.batch / TRAINING_IMAGES:.1f} epochs"
+        f"# work: {run.train.budget * rows:,.0f} block evaluations, {of_a_row:.4g} a row on average; "
+        f"about {steps:,} steps, {steps * run.train.batch / rows:.1f} epochs"
     )
 
 
-def _report(run: RunConfig, family: Family, data: Digits, out: Path) -> None:
+def _report(run: RunConfig, family: Family, data: Dataset, out: Path) -> None:
     """Score all trained paths, print the table, write metrics.json and the plot."""
     tree = family.tree
     metrics = measure(family, data, trained_paths(run, tree, tuple(tree.paths())))

@@ -25,7 +25,7 @@ from pathlib import Path as FilePath
 from family.tree import Path, Tree, format_path
 from training.checkpoint import CheckpointError, load_run_config
 from training.config import MethodName, RunConfig, parse_config
-from training.data import Digits
+from training.dataset import Dataset
 from training.evaluate import METRICS_FILE, PathMetrics, measure, read_metrics, write_metrics
 from training.methods import METHODS, steps_of, trained_paths
 from training.report import Matched, Record
@@ -123,7 +123,7 @@ def choose_rates(
     }
 
 
-def run(job: Job, out: FilePath, data: Digits, on_step: Callable[[Report], None]) -> list[Record]:
+def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None]) -> list[Record]:
     """Train and measure one run in its folder under `out`, or read it if it is there already.
 
     Raises:

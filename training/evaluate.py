@@ -14,7 +14,7 @@ from torch import Tensor
 from family.choice import best_by_depth
 from family.tree import Path, Tree, format_path
 from training.checkpoint import write_atomically
-from training.data import Digits, Split
+from training.dataset import Dataset, Split
 from training.model import Family
 
 METRICS_FILE = "metrics.json"
@@ -32,13 +32,13 @@ def path_logits(family: Family, images: Tensor, paths: Iterable[Path]) -> dict[P
 
     def walk(prefix: Path, state: Tensor, below: Sequence[Path]) -> None:
         if below and below[0] == prefix:
-            logits[prefix] = family.head(state)
+            logits[prefix] = family.head(state).cpu()
             below = below[1:]
         for node in dict.fromkeys(path[len(prefix)] for path in below):
             branch = [path for path in below if path[len(prefix)] == node]
             walk((*prefix, node), family.blocks.at(node, state), branch)
 
-    walk((), family.embed(images), wanted)
+    walk((), family.embed(images.to(next(family.parameters()).device)), wanted)
     return logits
 
 
@@ -60,7 +60,7 @@ def score(logits: Tensor, labels: Tensor) -> PathScore:
 
 def score_paths(family: Family, split: Split, paths: Iterable[Path]) -> dict[Path, PathScore]:
     """Score every path on a split."""
-    return {path: score(logits, split.labels) for path, logits in path_logits(family, split.images, paths).items()}
+    return {path: score(logits, split.labels) for path, logits in path_logits(family, split.x, paths).items()}
 
 
 def watched_paths(tree: Tree, most: int = 32) -> tuple[Path, ...]:
@@ -84,7 +84,7 @@ class PathMetrics:
 _METRICS = TypeAdapter(dict[str, PathMetrics])
 
 
-def measure(family: Family, data: Digits, paths: tuple[Path, ...]) -> dict[Path, PathMetrics]:
+def measure(family: Family, data: Dataset, paths: tuple[Path, ...]) -> dict[Path, PathMetrics]:
     """Score paths on validation and test data; the best of each depth is chosen on validation data."""
     validation, test = (score_paths(family, split, paths) for split in (data.validation, data.test))
     best = best_by_depth(family.tree, {path: result.accuracy for path, result in validation.items()})

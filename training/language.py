@@ -82,7 +82,6 @@ class TokenEmbed(nn.Module):
 def build_gpt(config: GptConfig, vocabulary: int, seed: int) -> Family:
     """A freshly initialised family that predicts the next of `vocabulary` tokens at every position."""
     init = uniform_init(torch.Generator().manual_seed(seed))
-    tree = Tree(config.hierarchy_depth)
     embed = TokenEmbed(vocabulary, config, init)
-    blocks = CausalBlocks(len(tree.nodes), config, init)
-    return Family(tree, embed, blocks, LinearHead(config.width, vocabulary, init, norm=True))
+    blocks = CausalBlocks(len(Tree(config.hierarchy_depth).nodes), config, init)
+    return Family(embed, blocks, LinearHead(config.width, vocabulary, init, norm=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from family.tree import Path, Tree
 from training.config import MethodName, RunConfig, TrainConfig
+from training.distributed import ALONE, Team
 from training.model import Family
 from training.objective import (
     Step,
@@ -35,12 +37,14 @@ PUBLISHED_NUDGE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a step gets besides the batch: the run's settings, the family, and the step's own sources of randomness."""
+    """What a step gets besides the batch: the run's settings, the family, the step's own sources of randomness, and the
+    team, of whose batch it gets this rank's rows."""
 
     settings: TrainConfig
     family: Family
     rng: np.random.Generator
     generator: torch.Generator
+    team: Team = ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Method:
 
     `step` takes a batch of images and labels `(rows, ...)`; of each image it gets `views` differently shifted rows.
     `evaluations` is the number of block evaluations that a step spends on an image, on average. `paths` are those that
-    the method trains; none: all.
+    the method trains; none: all. `divided_by` says what of a step ranks can divide among them.
     """
 
     summary: str
@@ -57,16 +61,19 @@ class Method:
     evaluations: Callable[[TrainConfig, Tree], float]
     paths: Callable[[TrainConfig, Tree], tuple[Path, ...]] | None = None
     views: int = 1
+    divided_by: tuple[Literal["data", "tree"], ...] = ("data",)
 
 
 def _hbll(context: Context, x: Tensor, y: Tensor) -> Step:
-    settings = context.settings
-    return hbll_step(context.family, x, y, nudge=settings.nudge, noise=settings.noise, generator=context.generator)
+    settings, generator, team = context.settings, context.generator, context.team
+    return hbll_step(context.family, x, y, nudge=settings.nudge, noise=settings.noise, generator=generator, team=team)
 
 
 def _hbll_as_published(context: Context, x: Tensor, y: Tensor) -> Step:
-    noise, generator = context.settings.noise, context.generator
-    return hbll_step(context.family, x, y, nudge=PUBLISHED_NUDGE, noise=noise, generator=generator, over_features="sum")
+    noise, generator, team = context.settings.noise, context.generator, context.team
+    return hbll_step(
+        context.family, x, y, nudge=PUBLISHED_NUDGE, noise=noise, generator=generator, over_features="sum", team=team
+    )
 
 
 def _mixed(context: Context, x: Tensor, y: Tensor, share: float) -> Step:
@@ -102,11 +109,13 @@ METHODS: dict[MethodName, Method] = {
         "Hierarchical Block-Local Learning alone: no gradient leaves a block and its right parent",
         _hbll,
         lambda _, tree: hbll_evaluations(tree),
+        divided_by=("data", "tree"),
     ),
     "hbll-paper": Method(
         "the same as published: latent losses summed over features, c = 1/4",
         _hbll_as_published,
         lambda _, tree: hbll_evaluations(tree),
+        divided_by=("data", "tree"),
     ),
     "chains": Method(
         "backpropagation through one sampled path a step, with every exit on the way",
@@ -130,6 +139,7 @@ METHODS: dict[MethodName, Method] = {
         lambda settings, tree: 2 * len(_one_network(settings, tree)[0]),
         _one_network,
         views=2,
+        divided_by=(),  # its loss compares every row of a batch with every other
     ),
     "bp": Method(
         "one ordinary network of --blocks blocks, the baseline",

@@ -6,6 +6,7 @@ and returns the loss with the work done, in block evaluations (one block forward
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from family.tree import Path, Tree
+from training.distributed import ALONE, Team
 from training.model import Family
 
 CONTRAST_TEMPERATURE = 0.15
@@ -39,6 +41,8 @@ def hbll_step(
     noise: float,
     generator: torch.Generator,
     over_features: Literal["mean", "sum"] = "mean",
+    team: Team = ALONE,
+    at_once: int | None = None,
 ) -> Step:
     """One step of Hierarchical Block-Local Learning (arXiv 2606.21497, Algorithm 1; eqs. 10, 11, 29-31).
 
@@ -56,47 +60,82 @@ def hbll_step(
     tokens: summed over these too it drowns the cross-entropy.
 
     Args:
-        x: the family's input, `(batch, ...)`.
+        x: the family's input, `(batch, ...)`: this rank's rows.
         y: labels `(batch,) int64`.
         nudge: c, on each example's own gradient.
         noise: sigma.
         generator: source of eps.
         over_features: how the latent loss is reduced over the features of a state (of a token).
+        team: the ranks that divide every level among them; loss and gradients are those of this rank's share.
+        at_once: nodes of a level in one batched call (none: all); 1 is node by node: slower, with less memory.
     """
     tree, batch = family.tree, len(y)
     embedded = family.embed(x)
     states = embedded.new_empty((tree.n, *embedded.shape))  # z_0 .. z_{N-1}, detached
     states[0] = embedded.detach()
     total = embedded.new_zeros(())
-    evaluations = 0
     for level in reversed(range(tree.hierarchy_depth)):
         nodes = tree.level_nodes(level)
-        span = 1 << level
-        lefts = embedded.unsqueeze(0) if level == tree.hierarchy_depth - 1 else states[0 : tree.n : 2 * span]
-        activations = family.blocks.run(family.blocks.of(nodes), lefts)
-        # A detached leaf between f_n and its right parent: its gradient is both what f_n's backward pass needs and
-        # the nudge of the posterior sample, so neither costs a pass of its own.
-        leaf = activations.detach().requires_grad_()
-        loss = F.cross_entropy(family.head(leaf[-1]), y)
-        evaluations += len(nodes) * batch
-        rights = range(2 * span, tree.n, 2 * span)  # right parents of all but the last node
-        if rights:
-            predictions = family.blocks.run(family.blocks.of(rights), leaf[:-1])
-            targets = states[2 * span : tree.n : 2 * span]
-            squares = F.mse_loss(predictions, targets, reduction="none")
-            latent = squares.mean(dim=-1) if over_features == "mean" else squares.sum(dim=-1)
-            loss = loss + latent.flatten(1).mean(dim=1).sum()  # over rows and tokens a mean, over nodes a sum
-            evaluations += len(rights) * batch
-        loss.backward()
-        gradient = leaf.grad
-        assert gradient is not None
-        activations.backward(gradient)
-        total += loss.detach()
-        posterior = leaf.detach() - nudge * batch * gradient  # the loss is a batch mean: times batch is per example
-        if noise:
-            posterior = posterior + noise / 2**0.5 * torch.randn(posterior.shape, generator=generator)
-        states[nodes.start : nodes.stop : nodes.step] = posterior
-    return Step(total, evaluations)
+        mine, rows = team.share(nodes, batch)
+        if noise and level > 0:  # drawn for all rows and nodes, so that it does not depend on who takes which
+            eps = torch.randn((len(nodes), batch * team.data_ranks, *states.shape[2:]), generator=generator)
+            eps = eps[:, team.rows(eps.shape[1])].to(states.device)
+        posteriors = []
+        for part in _parts(mine, at_once or len(mine)) if rows.stop > rows.start else ():
+            leaf, loss = _local_losses(family, part, embedded[rows], states[:, rows], y[rows], batch, over_features)
+            total += loss
+            if level == 0:  # nobody reads the states of leaves
+                continue
+            assert leaf.grad is not None
+            posterior = leaf.detach() - nudge * batch * leaf.grad  # the loss is a batch mean: times batch is per example
+            if noise:
+                first = nodes.index(part[0])
+                posterior = posterior + noise / 2**0.5 * eps[first : first + len(part), rows]
+            posteriors.append(posterior)
+        if level > 0:
+            ours = torch.cat(posteriors) if posteriors else states[:1, rows]  # none of the rows
+            states[nodes.start : nodes.stop : nodes.step] = team.gather(ours, len(nodes), batch)
+    return Step(total, hbll_evaluations(tree) * batch)
+
+
+def _parts(nodes: range, size: int) -> list[range]:
+    return [nodes[first : first + size] for first in range(0, len(nodes), size)]
+
+
+def _local_losses(
+    family: Family,
+    nodes: range,
+    embedded: Tensor,
+    states: Tensor,
+    y: Tensor,
+    batch: int,
+    over_features: Literal["mean", "sum"],
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of some nodes of one level, on some rows of the batch: their outputs, and their summed loss.
+
+    The outputs `(nodes, rows, ...)` are leaves whose `.grad` is that of the loss. `states` is `(N, rows, ...)`, filled for
+    all coarser levels. Rows' losses are summed and divided by `batch`: a share of the mean over the batch.
+    """
+    tree = family.tree
+    span = nodes.step // 2
+    above = states[nodes.start - span : nodes.stop - span : nodes.step]
+    activations = family.blocks.at_each(nodes, embedded.unsqueeze(0) if nodes[0] == tree.root else above)
+    # A detached leaf between f_n and its right parent: its gradient is both what f_n's backward pass needs and
+    # the nudge of the posterior sample, so neither costs a pass of its own.
+    leaf = activations.detach().requires_grad_()
+    rights = range(nodes[0] + span, min(nodes[-1] + span + 1, tree.n), nodes.step)
+    loss = embedded.new_zeros(())
+    if len(rights) < len(nodes):  # the last node of a level
+        loss = F.cross_entropy(family.head(leaf[-1]), y, reduction="sum") / batch
+    if rights:
+        predictions = family.blocks.at_each(rights, leaf[: len(rights)])
+        targets = states[rights.start : rights.stop : rights.step]
+        features = states.shape[2:] if over_features == "mean" else states.shape[2:-1]  # a mean over tokens in both
+        loss = loss + F.mse_loss(predictions, targets, reduction="sum") / (batch * math.prod(features))
+    loss.backward()
+    assert leaf.grad is not None
+    activations.backward(leaf.grad)
+    return leaf, loss.detach()
 
 
 def chain_step(family: Family, path: Path, x: Tensor, y: Tensor) -> Step:
@@ -161,7 +200,7 @@ def contrastive_step(family: Family, path: Path, x: Tensor, y: Tensor) -> Step:
     total = x.new_zeros(())
     for layer, node in enumerate(path):
         state = family.blocks.at(node, state)
-        features = state.mean(dim=1) if state.ndim == 3 else state
+        features = state.mean(dim=1) if state.ndim == 3 else state.flatten(1)
         first, last = CONTRAST_MARGINS
         loss = contrastive_loss(features, y, first + (last - first) * layer / max(1, len(path) - 1))
         loss.backward()
@@ -183,7 +222,7 @@ def contrastive_loss(features: Tensor, y: Tensor, margin: float) -> Tensor:
     similarity = directions @ directions.T
     same = y[:, None] == y
     similarity = torch.where(same, (similarity + margin).clamp(max=1), similarity) / CONTRAST_TEMPERATURE
-    itself = torch.eye(len(y), dtype=torch.bool)
+    itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
     log_p = similarity.masked_fill(itself, -torch.inf).log_softmax(dim=1)
     positive = same & ~itself
     of_row = log_p.masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)

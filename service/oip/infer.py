@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.answers import Answer
-from service.call import Call, count_answered, count_failed, learn_send, open_call, trace
-from service.context import context_of, errors, milliseconds
+from service.access import note_answer
+from service.call import count_answered, count_failed, learn_send, trace
+from service.context import context_of, errors
 from service.encodings import accepted_coding
 from service.errors import ServiceError
 from service.media import JSON, OCTETS, reading
+from service.oip.inference import describe_answer, open_inference
 from service.oip.schemas import InferenceParameters, InferenceRequest, InferenceResponse
-from service.oip.tensors import read_rows, require_input, require_outputs
-from service.oip.wire import HEADER_LENGTH, read_parameters, read_request, write_response
+from service.oip.tensors import read_values
+from service.oip.wire import HEADER_LENGTH, read_request, write_response
 from service.presence import while_connected
 from service.versions import for_models, served_model
-from service.wishes import HEADER_PARAMETERS, with_headers
+from service.wishes import HEADER_PARAMETERS
 
 router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS, unnamed=True))
 
@@ -86,15 +88,12 @@ async def infer(request: Request) -> Response:
     ctx, served = context_of(request), served_model(request)
     manifest = served.manifest
     message, binary = read_request(await request.body(), request.headers.get(HEADER_LENGTH), manifest)
-    parameters = with_headers(read_parameters(message.parameters), request.scope["headers"])
-    wanted = require_outputs(message.outputs, parameters.binary_data_output)
-    tensor = require_input(message.inputs, manifest, ctx.settings.max_request_rows)
-    wishes = parameters.model_copy(update={"latency_budget_ms": parameters.budget_ms})
     arrived_s: float = request.state.arrived_s
-    call = open_call(ctx, served, wishes, tensor.shape[0], arrived_s, priority=parameters.priority)
-    x = read_rows(tensor, binary, manifest)
+    values = partial(read_values, binary=binary)
+    inference = open_inference(ctx, served, message, values, request.scope["headers"], arrived_s)
+    call = inference.call
     try:
-        answer = await while_connected(request, ctx.engine.submit(served, x, call.wish, arrived_s))
+        answer = await while_connected(request, ctx.engine.submit(served, inference.x, call.wish, arrived_s))
     except ServiceError as error:
         count_failed(ctx.metrics, call)
         trace(ctx, request, call, (), error.status)
@@ -103,25 +102,14 @@ async def infer(request: Request) -> Response:
     count_answered(ctx.metrics, call, total_s)
     learn_send(call, answer)
     trace(ctx, request, call, answer.spans, 200)
-    header = _header(call, answer, message.id, total_s)
-    coding = accepted_coding(request.headers.get("accept-encoding", ""))
-    return write_response(header, wanted, answer.rows, manifest, coding)
-
-
-def _header(call: Call, answer: Answer, request_id: str | None, total_s: float) -> dict[str, Any]:
-    """The answer's JSON without its outputs; what does not apply to it is left out."""
-    parameters = {
-        "depth": max(len(row.path) for row in answer.rows),
-        "deadline_met": call.deadline_met(total_s),
-        "certified": call.certified(answer),
-        "queue_ms": milliseconds(answer.queue_s),
-        "compute_ms": milliseconds(answer.compute_s),
-        "total_ms": milliseconds(total_s),
-    }
+    note_answer(request, answer, deadline_met=call.deadline_met(total_s))
     header = {
-        "model_name": call.served.name,
-        "model_version": str(call.served.version),
-        "id": request_id,
-        "parameters": {name: value for name, value in parameters.items() if value is not None},
+        "model_name": served.name,
+        "model_version": str(served.version),
+        "id": message.id,
+        "parameters": describe_answer(call, answer, total_s),
     }
-    return {name: value for name, value in header.items() if value is not None}
+    if message.id is None:
+        del header["id"]
+    coding = accepted_coding(request.headers.get("accept-encoding", ""))
+    return write_response(header, inference.wanted, answer.rows, manifest, coding)

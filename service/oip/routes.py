@@ -6,12 +6,13 @@ from enum import Enum
 from importlib.metadata import version as installed_version
 from typing import Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import ValidationError
 
 from family.manifest import BundleError
 from service.context import Context, Ctx, errors
 from service.errors import BadRequest, NotReady, NotSupported
+from service.keys import require_operator
 from service.media import JSON, OCTETS, reading
 from service.oip.schemas import (
     IndexEntry,
@@ -49,13 +50,13 @@ async def describe_server() -> ServerMetadata:
     return ServerMetadata(name=_DISTRIBUTION, version=installed_version(_DISTRIBUTION), extensions=_EXTENSIONS)
 
 
-@router.get("/v2/health/live", tags=_TAGS, responses=errors(500))
+@router.get("/v2/health/live", tags=_TAGS, responses=errors(500, needs_key=False))
 async def live() -> Live:
     """The process answers."""
     return Live(live=True)
 
 
-@router.get("/v2/health/ready", tags=_TAGS, responses=errors(500, 503))
+@router.get("/v2/health/ready", tags=_TAGS, responses=errors(500, 503, needs_key=False))
 async def ready(ctx: Ctx) -> Ready:
     """200 once every model is loaded and warm, 503 until then and while shutting down."""
     if not ctx.ready:
@@ -139,6 +140,11 @@ async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
         asked = IndexRequest.model_validate_json(body or b"{}")
     except ValidationError as exc:
         raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
+    return index_of(ctx, ready=asked.ready)
+
+
+def index_of(ctx: Context, *, ready: bool) -> list[IndexEntry]:
+    """The models that are served, or those of them that are `ready`."""
     entries = [
         IndexEntry(name=served.name, version=str(served.version), state=_state(ctx, served), reason="")
         for served in ctx.repository.served
@@ -147,13 +153,14 @@ async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
         for name, refused in ctx.repository.refused.items()
         for version, reason in refused.items()
     ]
-    return [entry for entry in entries if entry.state == "READY" or not asked.ready]
+    return [entry for entry in entries if entry.state == "READY" or not ready]
 
 
 @router.post(
     "/v2/repository/models/{model}/load",
     tags=_TAGS,
-    responses=errors(400, 404, 413, 415, 422, 500, 503),
+    responses=errors(400, 403, 404, 413, 415, 422, 500, 503),
+    dependencies=[Depends(require_operator)],
     openapi_extra={"requestBody": {"content": {JSON: {"schema": LoadRequest.model_json_schema()}}}},
 )
 async def load(model: str, request: Request, ctx: Ctx) -> Response:
@@ -163,6 +170,18 @@ async def load(model: str, request: Request, ctx: Ctx) -> Response:
         LoadRequest.model_validate_json(await request.body() or b"{}")
     except ValidationError as exc:
         raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
+    await load_newest(ctx, model)
+    return Response()
+
+
+async def load_newest(ctx: Context, model: str) -> None:
+    """Serve the highest version of the model in the repository.
+
+    Raises:
+        NotReady: the server is warming up or shutting down.
+        BadRequest: the bundle is damaged.
+        UnknownModel: there is none of that name.
+    """
     if not ctx.ready:
         raise NotReady("the server is warming up or shutting down: ask again in a second")
     try:
@@ -170,11 +189,15 @@ async def load(model: str, request: Request, ctx: Ctx) -> Response:
             raise failure
     except (BundleError, OSError) as exc:
         raise BadRequest(f"{model} cannot be loaded: {exc}") from exc
-    ctx.repository.get(model)  # or 404
-    return Response()
+    ctx.repository.get(model)  # or UnknownModel
 
 
-@router.post("/v2/repository/models/{model}/unload", tags=_TAGS, responses=errors(404, 413, 415, 422, 500, 501))
+@router.post(
+    "/v2/repository/models/{model}/unload",
+    tags=_TAGS,
+    responses=errors(403, 404, 413, 415, 422, 500, 501),
+    dependencies=[Depends(require_operator)],
+)
 async def unload(model: str, ctx: Ctx) -> None:
     """Not served: which versions are is said by the settings and by what is in the repository."""
     ctx.repository.get(model)

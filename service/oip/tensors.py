@@ -19,7 +19,7 @@ from service.inputs import check_rows
 from service.oip.schemas import RequestInput, RequestOutput
 from service.runtime import Rows
 
-_NUMBERS: dict[str, np.dtype[Any]] = {
+NUMBERS: dict[str, np.dtype[Any]] = {
     name: np.dtype(code)
     for name, code in {
         "FP16": "<f2",
@@ -78,7 +78,7 @@ def require_input(inputs: Sequence[RequestInput], manifest: Manifest, max_rows: 
         got = ", ".join(repr(tensor.name[:40]) for tensor in inputs[:5]) or "none"
         raise BadRequest(f"inputs: expected the one input {spec.name!r}, got {got}")
     (tensor,) = inputs
-    if tensor.datatype not in _NUMBERS:
+    if tensor.datatype not in NUMBERS:
         raise BadRequest(f"input {spec.name!r}: expected datatype {spec.datatype}, got {tensor.datatype[:40]!r}")
     if len(tensor.shape) != len(spec.shape) or tensor.shape[1:] != list(spec.shape[1:]):
         raise BadRequest(f"input {spec.name!r}: expected shape {list(spec.shape)}, got {str(tensor.shape[:9])[:80]}")
@@ -87,27 +87,62 @@ def require_input(inputs: Sequence[RequestInput], manifest: Manifest, max_rows: 
     return tensor
 
 
-def read_rows(tensor: RequestInput, binary: memoryview, manifest: Manifest) -> Rows:
-    """The values of a checked input as `x (rows, *input_shape) float32`: a view of `binary` where that is possible.
+def read_values(tensor: RequestInput, binary: memoryview) -> NDArray[Any]:
+    """The values of a checked input of a body, in any shape of so many: a view of `binary` where they are in it.
 
     Raises:
-        BadRequest: there are more or fewer values than the shape says, or values that are none of the datatype.
+        BadRequest: there are more or fewer than the shape says, or values that are none of the datatype.
+    """
+    if "binary_data_size" in tensor.parameters:
+        return _from_binary(tensor, binary)
+    if len(binary):
+        raise BadRequest(f"expected the body to end with the JSON, got {len(binary)} bytes that no input claims")
+    return _from_json(tensor)
+
+
+def raw_values(tensor: RequestInput, raw: bytes, where: str) -> NDArray[Any]:
+    """The values of a checked input that are all that is in `raw`, little-endian and flat; `where` names it.
+
+    Raises:
+        BadRequest: it is longer or shorter than the shape says.
+    """
+    dtype = NUMBERS[tensor.datatype]
+    expected = dtype.itemsize * math.prod(tensor.shape)
+    if len(raw) != expected:
+        wanted = f"{expected} bytes for {tensor.datatype} of shape {tensor.shape}"
+        raise BadRequest(f"input {tensor.name!r}: expected {where} of {wanted}, got {len(raw)}")
+    return np.frombuffer(raw, dtype)
+
+
+def as_rows(values: NDArray[Any], tensor: RequestInput, manifest: Manifest) -> Rows:
+    """The values of a checked input as `x (rows, *input_shape) float32`, a view of them where that is possible.
+
+    Raises:
         InvalidInput: NaN, infinity or pixels out of range among them.
     """
-    dtype = _NUMBERS[tensor.datatype]
-    if "binary_data_size" in tensor.parameters:
-        values = _from_binary(tensor, binary, dtype)
-    elif len(binary):
-        raise BadRequest(f"expected the body to end with the JSON, got {len(binary)} bytes that no input claims")
-    else:
-        values = _from_json(tensor, dtype)
     with np.errstate(over="ignore"):  # becomes infinity, which is refused
         x: Rows = np.require(values.reshape(tensor.shape), np.float32, ["C", "A"])  # the JSON's length may misalign it
     check_rows(x, tensor.name, pixels=manifest.image is not None)
     return x
 
 
-def _from_binary(tensor: RequestInput, binary: memoryview, dtype: np.dtype[Any]) -> NDArray[Any]:
+def require_datatype(values: NDArray[Any], tensor: RequestInput) -> None:
+    """Refuse numbers that an input of integers cannot hold.
+
+    Raises:
+        BadRequest: there are some.
+    """
+    dtype = NUMBERS[tensor.datatype]
+    if dtype.kind not in "iu":
+        return
+    with np.errstate(invalid="ignore"):
+        whole = values.astype(dtype)
+    if not np.array_equal(whole, values):
+        raise BadRequest(f"input {tensor.name!r}: expected {tensor.datatype} values, got others among them")
+
+
+def _from_binary(tensor: RequestInput, binary: memoryview) -> NDArray[Any]:
+    dtype = NUMBERS[tensor.datatype]
     size, expected = tensor.parameters["binary_data_size"], dtype.itemsize * math.prod(tensor.shape)
     if tensor.data is not None:
         raise BadRequest(f"input {tensor.name!r}: expected either data or binary_data_size, got both")
@@ -119,7 +154,7 @@ def _from_binary(tensor: RequestInput, binary: memoryview, dtype: np.dtype[Any])
     return np.frombuffer(binary, dtype)
 
 
-def _from_json(tensor: RequestInput, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _from_json(tensor: RequestInput) -> NDArray[Any]:
     name, count = tensor.name, math.prod(tensor.shape)
     if tensor.data is None:
         raise BadRequest(f"input {name!r}: expected data or binary_data_size, got neither")
@@ -135,11 +170,7 @@ def _from_json(tensor: RequestInput, dtype: np.dtype[Any]) -> NDArray[Any]:
         raise BadRequest(f"input {name!r}: expected data flat or of shape {tensor.shape}, got {list(values.shape)}")
     if values.dtype.kind not in "fiu":
         raise BadRequest(f"input {name!r}: expected numbers, got other values among them")
-    if dtype.kind in "iu":
-        with np.errstate(invalid="ignore"):
-            whole = values.astype(dtype)
-        if not np.array_equal(whole, values):
-            raise BadRequest(f"input {name!r}: expected {tensor.datatype} values, got others among them")
+    require_datatype(values, tensor)
     return values
 
 

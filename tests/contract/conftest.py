@@ -26,6 +26,7 @@ class Client:
         self._thread.start()
         self._lifespan = app.router.lifespan_context(app)
         self._call(self._start())
+        self.rpc = app.state.rpc and f"127.0.0.1:{app.state.rpc.port}"
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         self._http = httpx.AsyncClient(transport=transport, base_url="http://test")
 
@@ -58,7 +59,7 @@ class Client:
 
 @pytest.fixture(scope="package")
 def settings(trained: Trained) -> Settings:
-    return Settings(models=trained.models, max_body_bytes=400_000, max_request_rows=40, max_queue_rows=64)
+    return Settings(models=trained.models, max_body_bytes=400_000, max_request_rows=40, max_queue_rows=64, grpc_port=0)
 
 
 @pytest.fixture(scope="package")

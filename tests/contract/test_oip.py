@@ -19,7 +19,7 @@ from service.settings import Settings
 from tests.conftest import Trained
 from tests.contract.conftest import Client
 from tests.fakes import fake_model
-from training.data import Digits
+from training.dataset import Dataset
 
 MODEL = "/v2/models/digits"
 OUTPUTS = {
@@ -35,8 +35,8 @@ DTYPES = {"FP32": "<f4", "INT64": "<i8"}
 
 
 @pytest.fixture(scope="module")
-def images(digits: Digits) -> np.ndarray:
-    return digits.test.images[:4].numpy()
+def images(digits: Dataset) -> np.ndarray:
+    return digits.test.x[:4].numpy()
 
 
 def in_json(images: np.ndarray, **members: object) -> dict[str, object]:

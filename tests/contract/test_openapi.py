@@ -23,5 +23,6 @@ def test_every_error_has_the_one_shape() -> None:
             for status, response in operation["responses"].items():
                 if status == "200" or path == "/health/ready":
                     continue
-                schema = response["content"]["application/json"]["schema"]
-                assert schema == {"$ref": "#/components/schemas/Error"}, f"{method} {path} {status}"
+                assert response == {"$ref": f"#/components/responses/{status}"}, f"{method} {path} {status}"
+    for response in document["components"]["responses"].values():
+        assert response["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}

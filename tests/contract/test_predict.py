@@ -12,7 +12,7 @@ from family.tree import format_path
 from tests.conftest import Trained
 from tests.contract.conftest import Client
 from training.checkpoint import load_family
-from training.data import Digits
+from training.dataset import Dataset
 
 
 def png(pixels: np.ndarray, **options: object) -> str:
@@ -27,8 +27,8 @@ def tensor(pixels: np.ndarray) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def images(digits: Digits) -> np.ndarray:
-    return digits.test.images[:8].numpy()
+def images(digits: Dataset) -> np.ndarray:
+    return digits.test.x[:8].numpy()
 
 
 def test_answers_are_the_trained_models(client: Client, trained: Trained, images: np.ndarray) -> None:
@@ -126,8 +126,8 @@ def test_probabilities_come_only_when_asked(client: Client, images: np.ndarray) 
     assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_more_rows_than_a_batch_come_back_in_order(client: Client, digits: Digits) -> None:
-    images = digits.test.images[:40].numpy()
+def test_more_rows_than_a_batch_come_back_in_order(client: Client, digits: Dataset) -> None:
+    images = digits.test.x[:40].numpy()
     together = client.predict({"inputs": [tensor(image) for image in images], "depth": 1}).json()["predictions"]
     for image, row in zip(images, together, strict=True):
         (alone,) = client.predict({"inputs": [tensor(image)], "depth": 1}).json()["predictions"]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Trained
 from tests.contract.conftest import Client
-from training.data import Digits
+from training.dataset import Dataset
 
 URL = "/v1/models/digits/predict"
 ROW = np.full((28, 28), 0.5, "<f4").tobytes()
@@ -27,8 +27,8 @@ def rows_of(response: httpx.Response) -> list[dict[str, object]]:
 
 
 @pytest.fixture(scope="module")
-def images(digits: Digits) -> np.ndarray:
-    return digits.test.images[:6].numpy()
+def images(digits: Dataset) -> np.ndarray:
+    return digits.test.x[:6].numpy()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.conftest import Trained
 from tests.contract.conftest import Client
-from training.data import Digits
+from training.dataset import Dataset
 
 POLICIES = ["ladder-edf", "static(4-6)", "aimd(4-6)", "cheapest", "max-accuracy", "max-batch", "slackfit", "clockwork"]
 IMAGE = [[0.5] * 28] * 28
@@ -29,10 +29,10 @@ def under_policy(trained: Trained, request: pytest.FixtureRequest) -> Iterator[C
     yield from serving(trained, policy=request.param)
 
 
-def test_every_policy_serves(under_policy: Client, client: Client, digits: Digits, request: pytest.FixtureRequest) -> None:
+def test_every_policy_serves(under_policy: Client, client: Client, digits: Dataset, request: pytest.FixtureRequest) -> None:
     """Right answers (those of the other server), explicit paths obeyed, climbs, streams, budgets."""
     policy = request.node.callspec.params["under_policy"]
-    inputs = [image.tolist() for image in digits.test.images[:5]]
+    inputs = [image.tolist() for image in digits.test.x[:5]]
     for entry in under_policy.get("/v1/models/digits").json()["paths"]:
         rows = under_policy.predict({"inputs": inputs, "path": entry["path"]}).json()["predictions"]
         others = client.predict({"inputs": inputs, "path": entry["path"]}).json()["predictions"]
@@ -67,8 +67,8 @@ def deep(trained: Trained) -> Iterator[Client]:
     yield from serving(trained, min_depth=4)
 
 
-def test_no_answer_is_shallower_than_the_least_depth(deep: Client, digits: Digits) -> None:
-    inputs = [image.tolist() for image in digits.test.images[:8]]
+def test_no_answer_is_shallower_than_the_least_depth(deep: Client, digits: Dataset) -> None:
+    inputs = [image.tolist() for image in digits.test.x[:8]]
     for wish in (
         {},
         {"depth": "best"},

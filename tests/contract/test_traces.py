@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import grpc
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
 
 from service.app import create_app
 from service.settings import Settings
@@ -30,7 +33,7 @@ def traced(trained: Trained, exporter: InMemorySpanExporter) -> Iterator[Client]
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.app.open_tracer", lambda: Tracer(provider))
-        client = Client(create_app(Settings(models=trained.models)))
+        client = Client(create_app(Settings(models=trained.models, grpc_port=0)))
     yield client
     client.close()
 
@@ -77,3 +80,38 @@ def test_a_request_that_was_admitted_and_failed_is_traced(traced: Client, export
     (span,) = exporter.get_finished_spans()
     assert span.attributes["http.response.status_code"] == 504
     assert not span.status.is_ok
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_calls_by_grpc_are_traced(traced: Client, exporter: InMemorySpanExporter, streamed: bool) -> None:
+    message = pb.ModelInferRequest(model_name="digits", raw_input_contents=[RAW])
+    message.inputs.add(name="x", datatype="FP32", shape=[1, 28, 28])
+    message.parameters["path"].string_param = "4-6"
+    metadata = [("traceparent", f"00-{7:032x}-{8:016x}-01")]
+    with grpc.insecure_channel(traced.rpc) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+        def ask(**options: object) -> None:
+            exporter.clear()
+            if streamed:
+                list(stub.ModelStreamInfer(iter([message]), **options))
+            else:
+                stub.ModelInfer(message, **options)
+
+        ask(metadata=metadata)
+        *children, whole = sorted(exporter.get_finished_spans(), key=lambda span: span.parent.span_id == 8)
+        assert whole.name == f"inference.GRPCInferenceService/{'ModelStreamInfer' if streamed else 'ModelInfer'}"
+        assert (whole.context.trace_id, whole.attributes["rpc.system"]) == (7, "grpc")
+        assert whole.attributes["rpc.grpc.status_code"] == 0
+        assert [child.parent.span_id for child in children] == [whole.context.span_id] * len(children)
+        assert "queue" in [child.name for child in children]
+        message.parameters["latency_budget_ms"].double_param = 0.001
+        message.parameters["strict"].bool_param = True
+        if streamed:
+            ask()
+        else:
+            with pytest.raises(grpc.RpcError):
+                ask()
+        (span,) = exporter.get_finished_spans()
+        assert span.attributes["rpc.grpc.status_code"] == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+        assert not span.status.is_ok

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from service.cli import _DRAIN_S
+from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -37,12 +37,12 @@ def test_the_container_serves_as_a_numbered_user_and_hears_sigterm() -> None:
 
 def test_only_what_the_wheel_is_made_of_enters_a_build(tmp_path: Path) -> None:
     """A tree with everything that lies about in one; new folders stay out until `.dockerignore` names them."""
-    kept = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "hbll.py", "docker/install.sh"}
-    kept |= {f"{package}/__init__.py" for package in ("family", "training", "export", "service")}
+    kept = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "docker/install.sh"}
+    kept |= {f"{package}/__init__.py" for package in ("family", "training", "export", "service", "hbll")}
     kept |= {"training/configs/digits.toml", "service/deeper/module.py"}
     left = {".git/HEAD", ".env", "Makefile", "docker/Dockerfile", "docker/rehearse.py", "models/digits/1/weights.bin"}
     left |= {"runs/a/checkpoint.safetensors", "tests/conftest.py", ".venv/bin/python", "service/__pycache__/app.pyc"}
-    left |= {"training/deep/__pycache__/a.pyc", "family.txt", "sub/hbll.py"}
+    left |= {"training/deep/__pycache__/a.pyc", "family.txt", "hbll.py", "sub/hbll/cli.py"}
     for name in kept | left:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -53,7 +53,7 @@ def test_only_what_the_wheel_is_made_of_enters_a_build(tmp_path: Path) -> None:
 def test_what_the_build_needs_is_there() -> None:
     files = {path.as_posix() for path in rehearse.context_files(ROOT)}
     assert {
-        "hbll.py",
+        "hbll/cli.py",
         "service/app.py",
         "family/tree.py",
         "docker/install.sh",
@@ -77,7 +77,7 @@ def test_compose_hardens_and_limits_every_container() -> None:
 
 def test_compose_waits_for_the_drain_and_leaves_the_event_loop_a_core() -> None:
     server = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["server"]
-    assert int(server["stop_grace_period"].removesuffix("s")) > _DRAIN_S
+    assert int(server["stop_grace_period"].removesuffix("s")) > Settings.model_fields["drain_s"].default
     assert int(server["environment"]["HBLL_THREADS"]) + 1 == int(server["deploy"]["resources"]["limits"]["cpus"])
 
 

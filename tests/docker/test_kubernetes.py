@@ -7,7 +7,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.cli import _DRAIN_S
+from service.settings import Settings
 from tests.docker.test_image import DOCKER, rehearse
 
 FOLDER = DOCKER / "kubernetes"
@@ -77,13 +77,13 @@ class TestPod:
         }
 
     def test_gets_no_variables_that_would_stop_the_server(self, name: str) -> None:
-        """A Service named hbll would set HBLL_PORT, which the settings refuse as unknown."""
+        """A Service named hbll would set HBLL_PORT to a URL, which is no port."""
         assert PODS[name]["enableServiceLinks"] is False
 
     def test_is_given_the_time_to_drain(self, name: str) -> None:
         pod, (container,) = PODS[name], PODS[name]["containers"]
         sleep_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-        assert pod["terminationGracePeriodSeconds"] >= sleep_s + _DRAIN_S + 5
+        assert pod["terminationGracePeriodSeconds"] >= sleep_s + Settings.model_fields["drain_s"].default + 5
         probe = container["readinessProbe"]
         assert sleep_s >= probe["periodSeconds"] * probe["failureThreshold"]
 

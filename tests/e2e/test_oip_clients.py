@@ -14,14 +14,14 @@ import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 from tests.conftest import LiveServer
-from training.data import Digits
+from training.dataset import Dataset
 
 CODINGS = [None, "gzip", "deflate"]
 
 
 @pytest.fixture(scope="module")
-def images(digits: Digits) -> np.ndarray:
-    return digits.test.images[:6].numpy()
+def images(digits: Dataset) -> np.ndarray:
+    return digits.test.x[:6].numpy()
 
 
 @pytest.fixture(scope="module")

@@ -209,10 +209,13 @@ def test_a_server_that_is_told_to_end_answers_all_whom_it_let_in(polling: LiveSe
     [
         ({"HBLL_MIN_DEPTH": "8"}, "model digits: expected min_depth to be at most 7, the deepest offered path, got 8"),
         ({"HBLL_POLICY": "static(9-9)"}, "model digits: policy static(9-9): the model offers the paths 4, "),
-        ({"HBLL_POLICY": "best"}, "wrong setting: policy: expected a policy of ladder-edf, "),
+        ({"HBLL_POLICY": "best"}, "wrong setting: policy (environment HBLL_POLICY): expected a policy of ladder-edf, "),
         ({"HBLL_PER_MODEL": '{"cats": {"min_depth": 2}}', "HBLL_POLL_S": "0"}, "holds no model cats, only digits"),
         ({"HBLL_VERSIONS": "[2]"}, "holds none of the versions (2,), only 1"),
-        ({"HBLL_VERSIONS": "newest"}, "wrong setting: versions: expected latest, all, how many of the highest versions"),
+        (
+            {"HBLL_VERSIONS": "newest"},
+            "wrong setting: versions (environment HBLL_VERSIONS): expected latest, all, how many",
+        ),
         ({"HBLL_PER_MODEL": "{"}, 'wrong setting: error parsing value for field "per_model"'),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import LiveServer, Trained, start_server
-from training.data import Digits
+from training.dataset import Dataset
 
 GOOD = [[0.5] * 28] * 28
 
@@ -27,9 +27,9 @@ def hbll(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def image(tmp_path: Path, digits: Digits) -> Path:
+def image(tmp_path: Path, digits: Dataset) -> Path:
     file = tmp_path / "digit.png"
-    Image.fromarray((digits.test.images[0].numpy() * 255).astype("uint8")).save(file)
+    Image.fromarray((digits.test.x[0].numpy() * 255).astype("uint8")).save(file)
     return file
 
 
@@ -41,6 +41,15 @@ def test_predict_asks_a_running_server(server: LiveServer, image: Path) -> None:
     assert "complete" in done.stdout
     done = hbll("predict", image, image, "--depth", 2, "--url", server.url, "--model", "digits")
     assert done.stdout.count("digit.png") == 2
+
+
+def test_predict_shows_a_stream_rung_by_rung(server: LiveServer, image: Path) -> None:
+    done = hbll("predict", image, "--url", server.url, "--stream")
+    assert done.returncode == 0, done.stderr
+    climb = httpx.get(f"{server.url}/v1/models/digits").json()["climb"]
+    shown = [line.rpartition("path ")[2] for line in done.stdout.splitlines() if line.startswith("digit.png: ")]
+    assert shown == climb
+    assert "digits version 1" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -68,9 +77,9 @@ def test_predict_without_a_server_says_how_to_start_one(image: Path) -> None:
     assert "Start one with `hbll serve`" in " ".join(done.stderr.split())
 
 
-def test_many_clients_at_once_all_get_their_own_answer(server: LiveServer, digits: Digits) -> None:
+def test_many_clients_at_once_all_get_their_own_answer(server: LiveServer, digits: Dataset) -> None:
     """Answers under load are those of a quiet server, whoever shares a batch."""
-    images = [image.tolist() for image in digits.test.images[:24]]
+    images = [image.tolist() for image in digits.test.x[:24]]
     wishes = [{"depth": 1}, {"depth": 3}, {"min_confidence": 0.5}, {}]
 
     with httpx.Client(base_url=server.url, timeout=60) as client:
@@ -167,8 +176,12 @@ def test_the_server_does_not_start_on_a_damaged_bundle(trained: Trained, tmp_pat
 def test_a_bad_setting_stops_start_up_and_is_named(trained: Trained) -> None:
     command = [sys.executable, "-m", "hbll", "serve", str(trained.models)]
     for variable, value, message in (
-        ("HBLL_MAX_BATCH", "many", "wrong setting: max_batch: Input should be a valid integer"),
-        ("HBLL_MAX_BACTH", "8", "wrong setting: unknown variable HBLL_MAX_BACTH: expected some of HBLL_AUDIT_RATE"),
+        (
+            "HBLL_MAX_BATCH",
+            "many",
+            "wrong setting: max_batch (environment HBLL_MAX_BATCH): Input should be a valid integer",
+        ),
+        ("HBLL_MAX_BACTH", "8", "wrong setting: unknown variable HBLL_MAX_BACTH: expected some of HBLL_ACCESS_LOG"),
         ("HBLL_MAX_QUEUE_ROWS", "10", "max_request_rows must be at most max_queue_rows, got 256 and 10"),
     ):
         done = subprocess.run(

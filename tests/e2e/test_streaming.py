@@ -18,7 +18,7 @@ from service.repository import Repository
 from service.settings import Settings
 from tests.conftest import LiveServer
 from tests.fakes import FakeRunner, fake_model
-from training.data import Digits
+from training.dataset import Dataset
 
 
 def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, object]]]:
@@ -39,8 +39,8 @@ def stream(server: LiveServer, body: dict[str, object]) -> list[tuple[str, dict[
 
 
 @pytest.fixture
-def inputs(digits: Digits) -> list[object]:
-    return [image.tolist() for image in digits.test.images[:6]]
+def inputs(digits: Dataset) -> list[object]:
+    return [image.tolist() for image in digits.test.x[:6]]
 
 
 def test_every_rung_is_an_event_and_the_last_is_final(server: LiveServer, inputs: list[object]) -> None:
@@ -67,8 +67,8 @@ def test_wishes_end_a_stream_early(server: LiveServer, inputs: list[object]) -> 
     assert [(data["depth"], data["final"], data["stopped_by"]) for _, data in answers] == [(7, True, "depth")]
 
 
-def test_monotone_confidence_never_falls_and_plain_confidence_does(server: LiveServer, digits: Digits) -> None:
-    inputs = [image.tolist() for image in digits.test.images[:40]]
+def test_monotone_confidence_never_falls_and_plain_confidence_does(server: LiveServer, digits: Dataset) -> None:
+    inputs = [image.tolist() for image in digits.test.x[:40]]
 
     def falls(body: dict[str, object]) -> int:
         confidences: dict[object, list[float]] = {}
@@ -99,13 +99,14 @@ class HeldServer:
 
     def __init__(self) -> None:
         self.runner = FakeRunner()
-        app = create_app(Settings(), Repository([fake_model(runner=self.runner)]))
+        app = create_app(Settings(grpc_port=0), Repository([fake_model(runner=self.runner)]))
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         self.wait_for(lambda: self._server.started)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.rpc = f"127.0.0.1:{app.state.rpc.port}"
         self.wait_for(lambda: httpx.get(f"{self.url}/health/ready").status_code == 200)
         self.runner.runs.clear()
 
@@ -134,10 +135,14 @@ class HeldServer:
             assert time.monotonic() < deadline
             time.sleep(0.01)  # another thread's doing, which has no other way to tell us
 
-    def close(self) -> None:
-        self.runner.go.set()
+    def end(self) -> None:
+        """What SIGTERM does; returns when the server has ended."""
         self._server.should_exit = True
         self._thread.join()
+
+    def close(self) -> None:
+        self.runner.go.set()
+        self.end()
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from family.tree import InvalidPath, Tree, format_path
 from tests.conftest import Trained
 from training.checkpoint import Origin, Progress, load_family, load_origin
 from training.config import MlpConfig, ResMlpConfig, RunConfig, TrainConfig
-from training.data import Digits
+from training.dataset import Dataset
 from training.evaluate import score_paths
 from training.model import build_family
 from training.trainer import train
@@ -67,12 +67,12 @@ def test_weights_lie_once_and_aligned(trained: Trained) -> None:
     assert (trained.bundle / "weights.bin").stat().st_size == spans[-1][0] + spans[-1][1]
 
 
-def test_a_paths_graph_is_complete_by_itself(trained: Trained, digits: Digits) -> None:
+def test_a_paths_graph_is_complete_by_itself(trained: Trained, digits: Dataset) -> None:
     """As any ONNX user would: one file, one session, a free batch axis; accuracy as the manifest says."""
     for path in ((4,), (4, 6, 7), (1, 2, 3, 4, 5, 6, 7)):
         entry = trained.manifest.offered[path]
         session = ort.InferenceSession(str(trained.bundle / entry.file), providers=["CPUExecutionProvider"])
-        (logits,) = session.run(None, {"x": digits.test.images.numpy()})
+        (logits,) = session.run(None, {"x": digits.test.x.numpy()})
         assert logits.shape == (1000, 10)
         accuracy = float((logits.argmax(axis=1) == digits.test.labels.numpy()).mean())
         assert accuracy == pytest.approx(entry.test.accuracy, abs=0.001)
@@ -87,7 +87,7 @@ def test_metrics_are_measured_against_the_reference(trained: Trained) -> None:
     assert manifest.provenance.block_evaluations >= 30 * 3000
 
 
-def test_the_certificate_holds_on_the_split_that_made_it(trained: Trained, digits: Digits) -> None:
+def test_the_certificate_holds_on_the_split_that_made_it(trained: Trained, digits: Dataset) -> None:
     """By the graphs themselves: at each level's threshold the certification rows disagree at most as often as the
     binomial test allows, far less than epsilon."""
     manifest = trained.manifest
@@ -95,7 +95,7 @@ def test_the_certificate_holds_on_the_split_that_made_it(trained: Trained, digit
     assert certificate is not None
     assert certificate.rows == 500
     assert certificate.levels
-    x = digits.certification.images.numpy()
+    x = digits.certification.x.numpy()
     confidences, answers = [], []
     for path in manifest.climb:
         session = ort.InferenceSession(
@@ -119,7 +119,7 @@ def test_graphs_carry_no_paths_of_the_machine_that_made_them(trained: Trained) -
         assert b"site-packages" not in file.read_bytes(), file.name
 
 
-def test_an_existing_bundle_is_kept_unless_replaced(trained: Trained, digits: Digits, tmp_path: Path) -> None:
+def test_an_existing_bundle_is_kept_unless_replaced(trained: Trained, digits: Dataset, tmp_path: Path) -> None:
     target = tmp_path / "1"
     shutil.copytree(trained.bundle, target)
     loaded = (*load_family(trained.run), load_origin(trained.run))
@@ -131,7 +131,7 @@ def test_an_existing_bundle_is_kept_unless_replaced(trained: Trained, digits: Di
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_folder_that_is_no_bundle_is_never_replaced(trained: Trained, digits: Digits, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_bundle_is_never_replaced(trained: Trained, digits: Dataset, tmp_path: Path) -> None:
     """`--replace` on models/digits, the version forgotten, once deleted all versions."""
     shutil.copytree(trained.bundle, tmp_path / "digits" / "1")
     loaded = (*load_family(trained.run), load_origin(trained.run))
@@ -140,7 +140,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(trained: Trained, digits: 
     check_files(tmp_path / "digits" / "1", trained.manifest)
 
 
-def test_a_bundle_that_a_killed_replacement_put_aside_comes_back(trained: Trained, digits: Digits, tmp_path: Path) -> None:
+def test_a_bundle_that_a_killed_replacement_put_aside_comes_back(trained: Trained, digits: Dataset, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
     shutil.copytree(trained.bundle, tmp_path / f".1.{ended.pid}.old")
@@ -156,7 +156,7 @@ def test_a_bundle_that_a_killed_replacement_put_aside_comes_back(trained: Traine
 
 
 def test_a_failed_export_leaves_nothing(
-    trained: Trained, digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph that does not agree with torch never appears: here torch is another model than the one exported."""
     config, family, progress = load_family(trained.run)
@@ -200,14 +200,14 @@ def test_verify_finds_graphs_that_differ(trained: Trained, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_sigmoid_network_exports_too(depth: int, digits: Digits, tmp_path: Path) -> None:
+def test_the_sigmoid_network_exports_too(depth: int, digits: Dataset, tmp_path: Path) -> None:
     config = RunConfig(model=MlpConfig(hierarchy_depth=depth, width=12))
     family = build_family(config.model, seed=1)
     exported = export_bundle(config, family, Progress(), Origin.here(), digits, tmp_path / "1")
     assert len(exported.differences) == Tree(depth).count_paths()
 
 
-def test_a_trained_residual_network_exports_in_all_forms(digits: Digits, tmp_path: Path) -> None:
+def test_a_trained_residual_network_exports_in_all_forms(digits: Dataset, tmp_path: Path) -> None:
     """Path graphs, the gated graph whole and continued, and torch agree; the manifest's accuracies are the family's."""
     config = RunConfig(
         model=ResMlpConfig(hierarchy_depth=2, width=16, hidden=24),
@@ -224,7 +224,7 @@ def test_a_trained_residual_network_exports_in_all_forms(digits: Digits, tmp_pat
     assert min(accuracies.values()) > 0.2
 
 
-def test_a_single_network_exports_its_one_path(digits: Digits, tmp_path: Path) -> None:
+def test_a_single_network_exports_its_one_path(digits: Dataset, tmp_path: Path) -> None:
     config = RunConfig(model=MlpConfig(hierarchy_depth=2, width=12), train=TrainConfig(method="bp", blocks=3))
     exported = export_bundle(config, build_family(config.model, 1), Progress(), Origin.here(), digits, tmp_path / "1")
     assert list(exported.manifest.offered) == [(1, 2, 3)]
@@ -234,7 +234,7 @@ def test_a_single_network_exports_its_one_path(digits: Digits, tmp_path: Path) -
         )
 
 
-def test_a_family_that_gives_nan_is_not_exported(digits: Digits, tmp_path: Path) -> None:
+def test_a_family_that_gives_nan_is_not_exported(digits: Dataset, tmp_path: Path) -> None:
     config = RunConfig(model=MlpConfig(hierarchy_depth=1, width=12))
     family = build_family(config.model, seed=1)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def test_paths_that_do_not_exist_or_were_not_trained_are_refused() -> None:
 
 def test_costs_add_up(trained: Trained) -> None:
     _, family, _ = load_family(trained.run)
-    flops, parameters = costs(family)
+    flops, parameters = costs(family, torch.zeros(1, 28, 28))
     assert parameters.of(family.tree.full) == sum(p.numel() for p in family.parameters())
     # one block of width 16 on 4 tokens: qkv, scores, mixing, projection, up, down; a multiply-add counts two
     assert flops.blocks[1] == 2 * (4 * 16 * 48 + 4 * 4 * 16 + 4 * 4 * 16 + 4 * 16 * 16 + 2 * 4 * 16 * 16)
@@ -300,5 +300,5 @@ def test_costs_add_up(trained: Trained) -> None:
 
 def test_manifest_is_plain_json(trained: Trained) -> None:
     content = json.loads((trained.bundle / "manifest.json").read_text())
-    assert content["format_version"] == "1.0"
+    assert content["format_version"] == "1.1"
     assert {"torch", "onnx"} <= content["provenance"]["libraries"].keys()

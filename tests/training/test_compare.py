@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hbll import main
+from hbll.cli import main
 from tests.training.test_trainer import Killed
 from training.checkpoint import CHECKPOINT_FILE
 from training.compare import Job, choose_rates, plan, plan_tuning, run
 from training.config import ConfigError, MethodName, MlpConfig, RunConfig, TrainConfig
-from training.data import Digits
+from training.dataset import Dataset
 from training.report import Matched, Record, differences, markdown, summarise
 from training.trainer import Report
 
@@ -71,7 +71,7 @@ def test_two_methods_make_a_table_and_the_same_command_again_trains_nothing(tmp_
     assert "| `exits` | work | 3 |" in (tmp_path / "comparison.md").read_text()
 
 
-def test_a_run_that_was_killed_goes_on(tmp_path: Path, digits: Digits) -> None:
+def test_a_run_that_was_killed_goes_on(tmp_path: Path, digits: Dataset) -> None:
     job = Job("work", TINY)
 
     def kill_late(report: Report) -> None:
@@ -87,7 +87,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, digits: Digits) -> None:
     assert run(job, tmp_path, digits, lambda _: pytest.fail("trained again")) == records
 
 
-def test_a_run_of_another_configuration_is_neither_reused_nor_overwritten(tmp_path: Path, digits: Digits) -> None:
+def test_a_run_of_another_configuration_is_neither_reused_nor_overwritten(tmp_path: Path, digits: Dataset) -> None:
     run(Job("work", TINY), tmp_path, digits, lambda _: None)
     checkpoint = tmp_path / "runs" / Job("work", TINY).name / CHECKPOINT_FILE
     before = checkpoint.read_bytes()
@@ -191,5 +191,5 @@ def test_a_dry_run_prints_what_would_be_done_and_writes_nothing(tmp_path: Path) 
     assert result.exit_code == 0, result.output
     assert "width = 24" in result.output
     assert "# paths trained: 3 of 25" in result.output
-    assert "# work: 1,170,000 block evaluations, 3 an image on average; about 12,188 steps, 130.0 epochs" in result.output
+    assert "# work: 1,170,000 block evaluations, 3 a row on average; about 12,188 steps, 130.0 epochs" in result.output
     assert list(tmp_path.iterdir()) == []

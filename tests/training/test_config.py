@@ -6,7 +6,7 @@ import pytest
 
 from training.config import (
     ConfigError,
-    DataConfig,
+    DigitsConfig,
     MlpConfig,
     ResMlpConfig,
     RunConfig,
@@ -62,7 +62,7 @@ def test_flags_lie_over_the_file(tmp_path: Path) -> None:
 def test_any_key_can_be_set_by_its_dotted_name(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text("[train]\nlr = 0.5")
-    texts = ["model.kind=resmlp", "model.width = 32", "train.lr=1e-3", "name=mine", 'data.name="digits"']
+    texts = ["model.kind=resmlp", "model.width = 32", "train.lr=1e-3", "name=mine", 'data.kind="digits"']
     config = load_config(file, dict(map(parse_override, texts)))
     assert config.model == ResMlpConfig(width=32)
     assert (config.name, config.train.lr) == ("mine", 1e-3)
@@ -92,7 +92,7 @@ def test_a_setting_that_cannot_be_is_named(text: str, message: str) -> None:
     [
         RunConfig(),
         RunConfig(name="a-b", model=MlpConfig(width=7), train=TrainConfig(method="bp", blocks=3, lr=1e-7)),
-        RunConfig(model=ResMlpConfig(hidden=9), data=DataConfig(shift=0), train=TrainConfig(method="cffm")),
+        RunConfig(model=ResMlpConfig(hidden=9), data=DigitsConfig(shift=0), train=TrainConfig(method="cffm")),
     ],
     ids=["default", "bp", "cffm"],
 )

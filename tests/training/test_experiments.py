@@ -4,17 +4,15 @@ import csv
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 from pydantic import ValidationError
 
-from hbll import main
+from hbll.cli import main
 from tests.training.test_trainer import Killed
 from training import reproduce
-from training.config import ConfigError, DataConfig, MlpConfig, TrainConfig
-from training.data import load_digits
+from training.config import ConfigError, MlpConfig, TrainConfig
+from training.data_config import DigitsConfig
 from training.experiments import published
-from training.experiments.corruption import corrupt
 from training.experiments.experiment import RESULT_FILE, Cell, Experiment, Result, Trial, run_all, run_trial
 from training.experiments.families import FamilyTrial, Reading, run_config
 from training.experiments.language import TextTrial
@@ -147,7 +145,7 @@ def test_the_csv_has_every_figure_of_every_trial_and_the_papers(tmp_path: Path) 
 
 
 def _family_trial() -> FamilyTrial:
-    config = run_config(MlpConfig(hierarchy_depth=2, width=8), DataConfig(shift=0), "hbll", epochs=1, batch=100)
+    config = run_config(MlpConfig(hierarchy_depth=2, width=8), DigitsConfig(shift=0), "hbll", epochs=1, batch=100)
     readings = tuple(Reading(row="a", column=c, paths=p, top=t) for c, p, t in [
         ("full", ("1-2-3",), 1), ("rung", ("2",), 1), ("worst", ("1-2-3", "2"), 1), ("all", ("2",), 10),
     ])  # fmt: skip
@@ -200,23 +198,6 @@ def test_the_paper_knows_what_its_tables_say() -> None:
     assert published.TABLE6["psMNIST, GRU, D=8", "seq"] == 95.1
     assert published.TABLE7["0-1-...-8 (7 blocks)", "CFF+M"] == 85.37
     assert published.TABLE9["0-4-6-8 (2 blocks)", "HBLL"] == 24.08
-
-
-def test_corruption_takes_its_share_of_pixels_and_labels_and_is_always_the_same() -> None:
-    clean = load_digits(0)
-    worse = corrupt(clean, missing=0.5, label_noise=0.2)
-    wrong = (worse.train.labels != clean.train.labels).double().mean().item()
-    assert wrong == pytest.approx(0.2, abs=1e-9)
-    for name in ("train", "validation", "certification", "test"):
-        before, after = getattr(clean, name), getattr(worse, name)
-        ink = before.images > 0.9
-        assert (after.images[ink] != before.images[ink]).double().mean().item() == pytest.approx(0.5, abs=0.02)
-        if name != "train":
-            assert torch.equal(after.labels, before.labels)
-    again = corrupt(clean, missing=0.5, label_noise=0.2)
-    assert torch.equal(again.train.images, worse.train.images)
-    assert torch.equal(again.train.labels, worse.train.labels)
-    assert torch.equal(corrupt(clean, 0, 0).train.images, clean.train.images)
 
 
 def test_every_scale_of_every_experiment_has_trials_of_different_names_in_rows_of_the_table(tmp_path: Path) -> None:

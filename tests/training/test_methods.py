@@ -10,8 +10,9 @@ import torch
 
 from family.tree import Tree
 from tests.conftest import SMALL_VIT
-from training.config import DataConfig, MethodName, ResMlpConfig, RunConfig, TrainConfig
-from training.data import Digits, load_digits
+from training.config import DigitsConfig, MethodName, ResMlpConfig, RunConfig, TrainConfig
+from training.dataset import Dataset
+from training.digits import load_digits
 from training.methods import METHODS, Context, steps_of, trained_paths
 from training.model import Family, build_family
 from training.objective import Step, hbll_step
@@ -21,7 +22,7 @@ TREE = Tree(3)
 
 
 @pytest.fixture(scope="module")
-def centred() -> Digits:
+def centred() -> Dataset:
     return load_digits(0)
 
 
@@ -91,7 +92,7 @@ def test_hbll_paper_is_the_published_step_whatever_hblls_own_settings(nudge: flo
         assert torch.equal(_gradients(by_name)[name], gradient), name
 
 
-def test_steps_are_counted_as_the_trainer_takes_them(tmp_path: Path, centred: Digits) -> None:
+def test_steps_are_counted_as_the_trainer_takes_them(tmp_path: Path, centred: Dataset) -> None:
     for name in ("exits", "cffm", "bp", "hbll"):
         config = RunConfig(
             model=ResMlpConfig(width=4, hidden=4), train=_settings(name, budget=2.5, batch=100, evaluations=1)
@@ -102,7 +103,7 @@ def test_steps_are_counted_as_the_trainer_takes_them(tmp_path: Path, centred: Di
 
 
 def test_views_of_an_image_are_shifted_apart_and_keep_its_label(
-    tmp_path: Path, centred: Digits, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = []
 
@@ -112,7 +113,7 @@ def test_views_of_an_image_are_shifted_apart_and_keep_its_label(
 
     monkeypatch.setitem(METHODS, "cffm", replace(METHODS["cffm"], step=keep))
     settings = _settings("cffm", blocks=1, batch=50, budget=0.03, evaluations=1)
-    train(RunConfig(model=ResMlpConfig(width=4), train=settings), tmp_path, centred, lambda _: None)
+    train(RunConfig(model=ResMlpConfig(width=4), train=settings), tmp_path, digits, lambda _: None)
     (x, y), *_ = batches
     assert (len(x), len(y)) == (100, 100)
     assert torch.equal(y[:50], y[50:])
@@ -125,11 +126,11 @@ def test_views_of_an_image_are_shifted_apart_and_keep_its_label(
     ("name", "budget", "least"),
     [("paths", 24, 0.6), ("exits", 12, 0.6), ("cffm", 84, 0.6), ("hbll-paper", 44, 0.5)],
 )
-def test_every_new_method_learns(tmp_path: Path, centred: Digits, name: MethodName, budget: float, least: float) -> None:
+def test_every_new_method_learns(tmp_path: Path, centred: Dataset, name: MethodName, budget: float, least: float) -> None:
     """A residual family, centred digits and a few seconds: far above chance on every path that the method trains."""
     reports: list[Report] = []
     settings = _settings(name, budget=budget, lr=3e-3, batch=64, evaluations=3)
-    config = RunConfig(model=ResMlpConfig(width=32, hidden=32), data=DataConfig(shift=0), train=settings)
+    config = RunConfig(model=ResMlpConfig(width=32, hidden=32), data=DigitsConfig(shift=0), train=settings)
     train(config, tmp_path / "run", centred, reports.append)
     validations = [report.scores for report in reports if report.scores]
     first, last = validations[0], validations[-1]

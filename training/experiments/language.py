@@ -131,7 +131,7 @@ def table9(scale: Scale, folder: Path | None) -> Experiment:
     def trial(column: str, method: MethodName, steps: int, **changes: object) -> TextTrial:
         settings = TrainConfig.model_validate({"method": method, "nudge": 0.0, "noise": NOISE * perplexity} | changes)
         return TextTrial(
-            name=f"{method}{settings.blocks or ''}",
+            name=f"{method}{settings.blocks or ''}-{steps}steps",
             folder=folder,
             vocabulary=VOCABULARY if perplexity else None,
             perplexity=perplexity,

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from family.tree import Tree
-from training.data import Split
+from training.data_config import DigitsConfig
+from training.dataset import Split
+from training.digits import DIGITS, TRAINING_IMAGES
 from training.experiments import published
 from training.experiments.experiment import Cell, Experiment, OnShare, Scale, Trial
-from training.experiments.families import DIGITS, digits
+from training.experiments.families import DIGITS_USED, data_of
 from training.loop import Recipe, device, fit, rows_at
-from training.model import CLASSES, PIXEL_MEAN, PIXEL_STD
 from training.rnn import CellName, ChainRnn, FusedGru, TreeRnn, as_sequence, bptt_step, tree_step
 
 Task = Literal["sMNIST", "psMNIST"]
@@ -29,9 +30,9 @@ PERMUTATION_SEED = 0
 
 def sequences(split: Split, task: Task, steps: int) -> Tensor:
     """Normalised pixels as `(rows, steps, features) float32`; zeros fill up the last step."""
-    pixels = split.images[0].numel()
+    pixels, (mean, std) = split.x[0].numel(), DIGITS.constants()
     order = torch.from_numpy(np.random.default_rng(PERMUTATION_SEED).permutation(pixels)) if task == "psMNIST" else None
-    return as_sequence((split.images - PIXEL_MEAN) / PIXEL_STD, steps, order)
+    return as_sequence((split.x - mean) / std, steps, order)
 
 
 class RnnTrial(Trial):
@@ -47,10 +48,10 @@ class RnnTrial(Trial):
 
     def measure(self, folder: Path, on_share: OnShare) -> list[Cell]:
         """Train and read out: the deployed chain and the tree, or the chain that backpropagation trained."""
-        data, tree = digits(shift=0), Tree(self.hierarchy_depth)
+        data, tree = data_of(DigitsConfig(shift=0)), Tree(self.hierarchy_depth)
         x = sequences(data.train, self.task, tree.n).to(device())
         y = data.train.labels.to(device())
-        shape = x.shape[2], self.width, CLASSES, self.recipe.seed
+        shape = x.shape[2], self.width, len(DIGITS.labels), self.recipe.seed
         model: TreeRnn | ChainRnn | FusedGru
         match self.method:
             case "hbll":
@@ -91,7 +92,6 @@ def table6(scale: Scale) -> Experiment:
         "paper": {"gru": (8,), "elman": (6,)},
     }[scale]  # type: ignore[assignment]
     batch = 128 if scale == "paper" else 64
-    images = len(digits(shift=0).train)
     tasks: tuple[Task, ...] = ("psMNIST",) if scale == "smoke" else ("psMNIST", "sMNIST")
     trials = []
     for task in tasks:
@@ -112,7 +112,7 @@ def table6(scale: Scale) -> Experiment:
                             method=method,
                             sweeps=sweeps,
                             recipe=Recipe(
-                                steps=epochs * (images // batch),
+                                steps=epochs * (TRAINING_IMAGES // batch),
                                 batch=batch,
                                 lr=1e-3,
                                 weight_decay=1e-4,
@@ -127,7 +127,7 @@ def table6(scale: Scale) -> Experiment:
         scale=scale,
         title="HBLL-RNN on sequential and permuted sequential MNIST",
         quantity="test accuracy, %",
-        data=f"{DIGITS}; hidden {width}, {epochs} epoch(s), batch {batch}, AdamW 1e-3, weight decay 1e-4, clip 5.",
+        data=f"{DIGITS_USED}; hidden {width}, {epochs} epoch(s), batch {batch}, AdamW 1e-3, weight decay 1e-4, clip 5.",
         stand_in=True,
         trials=tuple(trials),
         published=published.TABLE6,
@@ -155,8 +155,8 @@ class SpeedTrial(Trial):
         """Speed-ups over BPTT of medians; random pixels, since no time depends on them."""
         tree, generator = Tree(self.hierarchy_depth), torch.Generator().manual_seed(0)
         x = as_sequence(torch.randn(self.batch, 28, 28, generator=generator), tree.n).to(device())
-        y = torch.randint(CLASSES, (self.batch,), generator=generator).to(device())
-        shape = x.shape[2], self.width, CLASSES, 0
+        y = torch.randint(len(DIGITS.labels), (self.batch,), generator=generator).to(device())
+        shape = x.shape[2], self.width, len(DIGITS.labels), 0
         model, chain, fused = TreeRnn(tree, "gru", *shape), ChainRnn("gru", *shape), FusedGru(*shape)
         size = f"hidden {self.width}, batch {self.batch}"
         steps: dict[str, tuple[ChainRnn | FusedGru, Callable[[], Tensor]]] = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from family.tree import Tree, format_path
-from training.config import DataConfig, MethodName, RunConfig, TrainConfig, VitConfig
+from training.config import MethodName, RunConfig, TrainConfig, VitConfig
+from training.data_config import DigitsConfig
 from training.experiments import published
 from training.experiments.experiment import Experiment, Scale
-from training.experiments.families import DIGITS, FamilyTrial, Reading, run_config
+from training.experiments.families import DIGITS_USED, FamilyTrial, Reading, run_config
 from training.methods import METHODS
 
 EPOCHS = {"smoke": 1, "small": 15, "paper": 500}
@@ -24,19 +25,20 @@ def _model(scale: Scale) -> VitConfig:
     return VitConfig(hierarchy_depth=3)
 
 
-def _config(scale: Scale, method: MethodName, shift: int, noise: float, **settings: object) -> RunConfig:
+def _config(scale: Scale, method: MethodName, data: DigitsConfig, noise: float, **settings: object) -> RunConfig:
     settings = {"epochs": EPOCHS[scale], "noise": noise if method == "hbll-paper" else 0.0} | settings
     if scale == "paper":
         settings |= {"batch": 256, "lr": 5e-4}
-    return run_config(_model(scale), DataConfig(shift=shift), method, **settings)  # type: ignore[arg-type]
+    return run_config(_model(scale), data, method, **settings)  # type: ignore[arg-type]
 
 
 def _data(scale: Scale, shift: int) -> str:
-    config = _config(scale, "hbll", shift, 0.0)
+    config = _config(scale, "hbll", DigitsConfig(shift=shift), 0.0)
     model = _model(scale)
     return (
-        f"{DIGITS}, moved by up to {shift} pixels; ViT of width {model.width}, patches of {model.patch} x {model.patch}, "
-        f"{EPOCHS[scale]} epoch(s), batch {config.train.batch}, AdamW {config.train.lr:g}."
+        f"{DIGITS_USED}, moved by up to {shift} pixels; ViT of width {model.width}, "
+        f"patches of {model.patch} x {model.patch}, {EPOCHS[scale]} epoch(s), batch {config.train.batch}, "
+        f"AdamW {config.train.lr:g}."
     )
 
 
@@ -49,7 +51,7 @@ def _by_depth(name: str, scale: Scale, top: int, noise: float, figures: publishe
     def trial(method: MethodName, column: str, names: Iterable[str], **settings: object) -> FamilyTrial:
         return FamilyTrial(
             name=f"{method}{settings.get('blocks', '')}",
-            config=_config(scale, method, shift, noise, **settings),
+            config=_config(scale, method, DigitsConfig(shift=shift), noise, **settings),
             readings=tuple(
                 Reading(row=published.path_row(name), column=column, paths=(paths[name],), top=top) for name in names
             ),
@@ -99,10 +101,14 @@ def table3(scale: Scale) -> Experiment:
     trials = tuple(
         FamilyTrial(
             name=f"{row}-{method}",
-            config=_config(scale, method, shift, 0.005, blocks=len(tree.nodes) if method == "bp" else None),
+            config=_config(
+                scale,
+                method,
+                DigitsConfig(shift=shift, missing=missing, label_noise=label_noise),
+                0.005,
+                blocks=len(tree.nodes) if method == "bp" else None,
+            ),
             readings=(Reading(row=row, column=column, paths=(full,)),),
-            missing=missing,
-            label_noise=label_noise,
         )
         for row, (missing, label_noise) in corruptions.items()
         for method, column in columns
@@ -118,6 +124,6 @@ def table3(scale: Scale) -> Experiment:
         published=published.TABLE3,
         notes=(
             "Missing pixels are in training and test data, wrong labels in training data alone.",
-            _GUESSES + " What is missing, and how labels are wrong: see `training.experiments.corruption`.",
+            _GUESSES + " What is missing, and how labels are wrong: see `training.corruption`.",
         ),
     )

