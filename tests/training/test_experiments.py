@@ -200,7 +200,7 @@ def test_the_paper_knows_what_its_tables_say() -> None:
     assert published.TABLE9["0-4-6-8 (2 blocks)", "HBLL"] == 24.08
 
 
-def test_every_scale_of_every_experiment_has_trials_of_different_names_in_rows_of_the_table(tmp_path: Path) -> None:
+def test_every_scale_of_every_experiment_has_trials_of_different_names(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text " * 100)
     for name, make in reproduce.EXPERIMENTS.items():
         for scale in ("smoke", "small", "paper"):
