@@ -107,10 +107,12 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDetail(Model):
-    """A served model with all that it offers: rows have `input_shape`, `max_risk` can be one of `risk_levels`."""
+    """A served model with all that it offers: rows have `input_shape`, `max_risk` can be one of `risk_levels`. `features`
+    are the columns of a table, in the order of the input."""
 
     hierarchy_depth: int
     input_shape: tuple[int, ...]
+    features: tuple[str, ...] | None = None
     labels: tuple[str, ...]
     reference: str
     climb: tuple[str, ...]

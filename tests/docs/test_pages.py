@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import LiveServer
+from tests.conftest import LiveServer, Trained
 from tests.docs.page import Block, read_blocks, run_page
 from training.dataset import Dataset
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("name", ["call.md"])
+@pytest.mark.parametrize("name", ["call.md", "budgets.md", "watch.md"])
 def test_every_block_of_a_page_runs(
     name: str, server: LiveServer, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -23,6 +23,16 @@ def test_every_block_of_a_page_runs(
     image.save(tmp_path / "runs" / "digits" / "sample.png")
     monkeypatch.chdir(tmp_path)
     assert run_page(DOCS / name, tmp_path, {"localhost:8000": server.url.removeprefix("http://")}) > 0
+
+
+def test_every_block_of_the_page_about_export_runs(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(trained.run)
+    (tmp_path / "models" / "digits").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert run_page(DOCS / "export.md", tmp_path, {}) > 0
 
 
 PAGE = """# A page

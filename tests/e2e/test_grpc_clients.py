@@ -188,7 +188,7 @@ def test_a_port_that_cannot_be_had_stops_start_up(trained: Trained) -> None:
                 serve(trained, "--grpc-port", str(port)),
                 f"the gRPC port {port} of 127.0.0.1 cannot be opened: Address already",
             ),
-            (serve(trained, HBLL_GRPC_PORT="70000"), "grpc_port: Input should be less than or equal to 65535"),
+            (serve(trained, HBLL_GRPC_PORT="70000"), "grpc_port (environment HBLL_GRPC_PORT): Input should be less than"),
             (serve(trained, HBLL_GRPC_PORT="0", HBLL_HOST="203.0.113.1"), "the gRPC port 0 of 203.0.113.1 cannot be"),
         ):
             assert done.returncode == 1

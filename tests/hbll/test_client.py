@@ -346,6 +346,7 @@ def test_a_stream_that_outlives_its_client_can_still_be_closed() -> None:
 
 def test_an_interrupt_ends_the_call_and_its_request() -> None:
     given_up = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     async def interrupts() -> httpx.Response:
         try:
@@ -355,8 +356,11 @@ def test_an_interrupt_ends_the_call_and_its_request() -> None:
             given_up.append(True)
         raise AssertionError
 
-    with Server(interrupts).client(timeout_s=60) as client, pytest.raises(KeyboardInterrupt):
-        client.predict(ROW)
+    try:
+        with Server(interrupts).client(timeout_s=60) as client, pytest.raises(KeyboardInterrupt):
+            client.predict(ROW)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert given_up == [True]
 
 
