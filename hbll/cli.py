@@ -20,6 +20,9 @@ COMMANDS = {
     "train": _Entry("training.cli", "train", "train", "Train a family of subnetworks sharing one set of weights."),
     "evaluate": _Entry("training.cli", "evaluate", "train", "Score every path of a trained family."),
     "compare": _Entry("training.cli", "compare", "train", "Compare training methods over seeds: table, CSV, plot."),
+    "reproduce": _Entry(
+        "training.reproduce", "reproduce", "train", "Repeat the paper's experiments, its figures beside ours."
+    ),
     "export": _Entry("export.cli", "export", "export,train,cpu", "Write a trained family as a bundle of ONNX graphs."),
     "inspect": _Entry("service.cli", "inspect", "cpu", "Show what is in a bundle."),
     "verify": _Entry("export.cli", "verify", "export,train,cpu", "Compare all graphs of a bundle, and the checkpoint."),

@@ -202,14 +202,17 @@ class TransformerBlocks(StackedBlocks):
         qkv = linear(normed, weights["qkv_weight"], weights["qkv_bias"])
         # (..., tokens, 3, heads, features) -> three times (..., heads, tokens, features)
         q, k, v = (part.transpose(-2, -3) for part in qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3))
-        # Written out: as fast here as torch's fused call, and it exports to two MatMuls and a Softmax, without the
-        # fifteen shape operators that the exporter puts around the fused one.
-        attention = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1)
-        mixed = (attention @ v).transpose(-2, -3).flatten(-2)
+        mixed = self.attend(q, k, v).transpose(-2, -3).flatten(-2)
         states = states + linear(mixed, weights["project_weight"], weights["project_bias"])
         normed = _layer_norm(states, weights["norm2_scale"], weights["norm2_shift"])
         inner = F.gelu(linear(normed, weights["up_weight"], weights["up_bias"]))
         return states + linear(inner, weights["down_weight"], weights["down_bias"])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every token's mean of the values of all, `(..., heads, tokens, features)` each and the result."""
+        # Written out: as fast here as torch's fused call, and it exports to two MatMuls and a Softmax, without the
+        # fifteen shape operators that the exporter puts around the fused one.
+        return torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1) @ v
 
 
 def _layer_norm(states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

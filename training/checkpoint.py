@@ -18,7 +18,7 @@ from typing import Literal
 import safetensors
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.config import RunConfig, parse_config
 from training.dataset import DataSpec
@@ -60,7 +60,7 @@ class Origin:
         return cls(_git_revision(), {name: version(name) for name in ("torch", "numpy", "mlxtend")})
 
 
-def trainable(family: Family) -> dict[str, torch.nn.Parameter]:
+def trainable(family: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name: all that the user has not frozen."""
     return {name: parameter for name, parameter in family.named_parameters() if parameter.requires_grad}
 
@@ -119,7 +119,7 @@ def load_spec(run: Path) -> DataSpec:
 
 
 def save_checkpoint(
-    run: Path, family: Family, optimizer: torch.optim.Optimizer, progress: Progress, *, best: bool = False
+    run: Path, family: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, best: bool = False
 ) -> None:
     """Write weights, optimizer moments and progress as one file, and a second time as the best so far."""
     tensors = {_MODEL + name: tensor.detach().contiguous() for name, tensor in family.state_dict().items()}
@@ -140,7 +140,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    run: Path, family: Family, optimizer: torch.optim.Optimizer | None = None, name: str = CHECKPOINT_FILE
+    run: Path, family: nn.Module, optimizer: torch.optim.Optimizer | None = None, name: str = CHECKPOINT_FILE
 ) -> Progress:
     """Fill `family` (and `optimizer`) from a run's checkpoint and return its progress.
 

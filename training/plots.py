@@ -118,6 +118,36 @@ def plot_comparison(panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, 
     _write(figure, file)
 
 
+def plot_rows(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    ours: Mapping[tuple[str, str], tuple[float, float]],
+    paper: Mapping[tuple[str, str], float],
+    title: str,
+    quantity: str,
+    file: Path,
+) -> None:
+    """A table as a picture: (row, column) -> (mean, standard error), filled; the paper's figures as hollow diamonds."""
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    figure, axes = plt.subplots(figsize=(max(7, 1.1 * len(rows)), 4.8))
+    for index, column in enumerate(columns):
+        colour, aside = colours[index % len(colours)], 0.6 * ((index + 0.5) / len(columns) - 0.5)
+        mine = [(rows.index(row) + aside, *value) for (row, name), value in ours.items() if name == column]
+        theirs = [(rows.index(row) + aside, value) for (row, name), value in paper.items() if name == column]
+        if mine:
+            x, means, errors = zip(*mine, strict=True)
+            axes.errorbar(x, means, yerr=errors, fmt="o", markersize=5, capsize=2, color=colour, label=column)
+        if theirs:
+            x, values = zip(*theirs, strict=True)
+            label = f"{column}, paper"
+            axes.scatter(x, values, marker="D", s=30, facecolor="none", edgecolor=colour, label=label)
+    axes.set_xticks(range(len(rows)), rows, rotation=30, ha="right", fontsize="small")
+    axes.set(ylabel=quantity, title=title)
+    axes.grid(axis="y", color=QUIET, alpha=0.3)
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    _write(figure, file)
+
+
 def _write(figure: Figure, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)

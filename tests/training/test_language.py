@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from training.config import TrainConfig
+from training.language import CausalBlocks, GptConfig, build_gpt
+from training.methods import METHODS, Context
+from training.model import Family
+from training.objective import hbll_step
+
+SMALL = GptConfig(hierarchy_depth=3, context=8, width=8, heads=2)
+BOTH = pytest.mark.parametrize("config", [SMALL, SMALL.model_copy(update={"positions": True})], ids=["alibi", "learned"])
+
+
+def _batch(windows: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(11, (windows, SMALL.context + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:].flatten()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """With matrices this small, threads do nothing but wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@BOTH
+def test_a_prediction_depends_on_no_token_that_comes_after(config: GptConfig) -> None:
+    family, (x, _) = build_gpt(config, 11, seed=0), _batch()
+    before = family(x, family.tree.full).unflatten(0, (3, 8))
+    for position in range(1, 8):
+        changed = x.clone()
+        changed[:, position:] = (changed[:, position:] + 1) % 11
+        after = family(changed, family.tree.full).unflatten(0, (3, 8))
+        torch.testing.assert_close(after[:, :position], before[:, :position], rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(after[:, position], before[:, position])
+
+
+@BOTH
+def test_windows_of_a_batch_do_not_see_each_other(config: GptConfig) -> None:
+    family, (x, _) = build_gpt(config, 11, seed=0), _batch()
+    together = family(x, (4, 6))
+    alone = torch.cat([family(x[i : i + 1], (4, 6)) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+def test_the_order_of_earlier_tokens_matters(config: GptConfig) -> None:
+    family = build_gpt(config, 11, seed=0)
+    x = torch.arange(8)[None]
+    swapped = x[:, [1, 0, *range(2, 8)]]
+    assert not torch.allclose(family(x, (4,))[-1], family(swapped, (4,))[-1], atol=1e-6)
+
+
+def test_stacked_blocks_are_the_single_ones() -> None:
+    blocks = build_gpt(SMALL, 11, seed=0).blocks
+    assert isinstance(blocks, CausalBlocks)
+    states = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    stacked = blocks.run(blocks.of(range(2, 8, 4)), states)
+    torch.testing.assert_close(stacked, torch.stack([blocks.at(2, states[0]), blocks.at(6, states[1])]))
+
+
+def _node_by_node(family: Family, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of an HBLL step without nudge, by its definition; a mean over positions and features."""
+    states, total = {0: family.embed(x).detach()}, torch.zeros(())
+    for level in reversed(range(3)):
+        for node in family.tree.level_nodes(level):
+            left, right = family.tree.parents(node)
+            start = family.embed(x) if node == family.tree.root else states[left]
+            a = family.blocks.at(node, start)
+            if right == family.tree.n:
+                total = total + torch.nn.functional.cross_entropy(family.head(a), y)
+            else:
+                total = total + ((family.blocks.at(right, a) - states[right]) ** 2).mean()
+            states[node] = a.detach()
+    return total
+
+
+def test_an_hbll_step_on_text_is_the_definition_node_by_node() -> None:
+    (x, y), batched, single = _batch(), build_gpt(SMALL, 11, seed=0), build_gpt(SMALL, 11, seed=0)
+    step = hbll_step(batched, x, y, nudge=0.0, noise=0.0, generator=torch.Generator())
+    loss = _node_by_node(single, x, y)
+    loss.backward()
+    torch.testing.assert_close(step.loss, loss.detach(), rtol=1e-5, atol=1e-6)
+    expected = {name: p.grad for name, p in single.named_parameters()}
+    for name, parameter in batched.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["hbll", "hbll+chains", "bp"])
+def test_a_family_learns_a_text_that_repeats(name: str) -> None:
+    family = build_gpt(SMALL, 11, seed=0)
+    settings = TrainConfig(method=name, nudge=0.0, blocks=7 if name == "bp" else None)
+    optimizer = torch.optim.AdamW(family.parameters(), lr=0.01)
+    text, rng, generator = torch.arange(400) % 5, np.random.default_rng(0), torch.Generator().manual_seed(0)
+    for _ in range(60):
+        start = torch.from_numpy(rng.integers(0, 300, 8))
+        windows = text[start[:, None] + torch.arange(9)]
+        optimizer.zero_grad(set_to_none=False)
+        METHODS[name].step(Context(settings, family, rng, generator), windows[:, :-1], windows[:, 1:].flatten())
+        optimizer.step()
+    logits = family(text[None, :8], family.tree.full)
+    assert (logits.argmax(dim=1) == text[1:9]).all()
