@@ -80,14 +80,13 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.rpc = rpc = await open_rpc(context)
+        app.state.rpc = await open_rpc(context)
         background = [asyncio.create_task(_warm_up_and_watch(app), name="warm-up")]
         if keys is not None:
             background.append(asyncio.create_task(keys.watch(), name="keys"))
         with watch_pauses(lambda pause_s: metrics.gc_seconds.observe(pause_s) if app.state.context.warm else None):
             yield
-        if rpc is not None:
-            await rpc.drain()
+        await drain_rpc(app)  # begun already under `service.listener.Server`
         await engine.stop()
         for task in background:
             task.cancel()
@@ -122,6 +121,13 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         app.add_middleware(KeyCheck, keys=keys, open_paths=open_paths)
     app.add_middleware(Access, log=settings.access_log)
     return app
+
+
+async def drain_rpc(app: FastAPI) -> None:
+    """Take no more calls of gRPC and wait for those that are open. HTTP is drained by who listens."""
+    rpc = getattr(app.state, "rpc", None)  # told to stop before it had started, or without it
+    if rpc is not None:
+        await rpc.drain()
 
 
 class _App(FastAPI):

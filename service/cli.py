@@ -5,21 +5,21 @@ from __future__ import annotations
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import uvicorn
 from rich.console import Console
 from rich.table import Table
 from uvicorn.config import STARTUP_FAILURE
 
 from family.manifest import WEIGHTS_FILE, BundleError, Manifest, check_files, load_manifest
 from family.tree import format_path
-from service.app import create_app
+from service.app import create_app, drain_rpc
 from service.flags import others, settings_flags
 from service.keyring import KeysError
-from service.listener import BadCertificate, server_config
+from service.listener import BadCertificate, Server, server_config
 from service.logs import configure_logs
 from service.memory import PARAMETER_BYTES
 from service.oip.rpc.port import GrpcError
@@ -54,7 +54,8 @@ def serve(show_config: bool, **flags: Any) -> None:
             click.echo(sourced.as_toml(), nl=False)
             return
         configure_logs(settings.log_format)
-        server = uvicorn.Server(server_config(create_app(settings), settings))
+        app = create_app(settings)
+        server = Server(server_config(app, settings), partial(drain_rpc, app))
     except WrongSettings as exc:
         raise click.ClickException(f"wrong setting: {exc}") from exc
     except (BundleError, GrpcError, KeysError, BadCertificate) as exc:

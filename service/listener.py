@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import ssl
+from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 import uvicorn
@@ -54,6 +56,18 @@ def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
             f"key's password if it has one: {exc}"
         ) from exc
     return config
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; when it is told to stop, `drain` begins at once, for whatever serves beside HTTP."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, and end when all that is open has, or has had its time."""
+        await asyncio.gather(self._drain(), super().shutdown(sockets))
 
 
 def bounded_connection(settings: Settings) -> type[BoundedConnection]:

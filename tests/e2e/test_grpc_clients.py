@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 import tritonclient.http as triton_http
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.conftest import LiveServer, Trained, start_server
@@ -178,6 +180,32 @@ def serve(trained: Trained, *arguments: str, **environment: str) -> subprocess.C
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HBLL_")}
     environment = inherited | {"COLUMNS": "500"} | environment
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+
+
+def ask_for_ever(health: health_pb2_grpc.HealthStub) -> None:
+    """Until it is refused: a signal takes a while to come through."""
+    while True:
+        health.Check(health_pb2.HealthCheckRequest())
+
+
+def test_at_sigterm_grpc_takes_no_more_calls_while_http_still_drains(trained: Trained, tmp_path: Path) -> None:
+    server = start_server(trained.models, tmp_path, {"HBLL_GRPC_PORT": "0"})
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as connection:
+        connection.sendall(
+            b"POST /v1/models/digits/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n\r\n{"
+        )
+        assert httpx.get(f"{server.url}/health/live").status_code == 200  # so the half request has been read before
+        with grpc.insecure_channel(address(server)) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(grpc.RpcError) as ended:
+                ask_for_ever(health)
+            # A call that arrives in the very moment is cancelled by the library.
+            assert ended.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        assert server.process.poll() is None, "HTTP had drained before"
+    assert server.process.wait(timeout=30) in (0, -15)
 
 
 def test_a_port_that_cannot_be_had_stops_start_up(trained: Trained) -> None:

@@ -15,7 +15,7 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 _DRAIN_S = 5.0
-"""How long calls have to end once the server is told to. HTTP has drained before."""
+"""How long calls have to end once the server is told to."""
 
 _OTHER_CALLS = 64
 """Calls at a time beside those whose rows may wait: for health, metadata, statistics."""
