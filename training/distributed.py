@@ -22,6 +22,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before any group: its defaults would keep the group of its first import alive
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ class Team:
     size: int = 1
     tree_ranks: int = 1
     device: torch.device = CPU
-    group: dist.ProcessGroup | None = None  # of the ranks that share this one's tree
+    tree: list[dist.ProcessGroup] = field(default_factory=list)  # the group of the ranks that share this one's tree
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
@@ -82,14 +83,14 @@ class Team:
 
     def gather(self, states: Tensor, nodes: int, rows: int) -> Tensor:
         """All states of a level, `(nodes, rows, ...)`, from every rank's share of them, `(its nodes, its rows, ...)`."""
-        if self.group is None:
+        if not self.tree:
             return states
         sharers = self._sharers(nodes)
         ours = F.pad(states, (0, 0) * (states.ndim - 2) + (0, math.ceil(rows / sharers) - states.shape[1])).contiguous()
         self.traffic.gathered += ours.nbytes
         whole = ours.new_empty((self.tree_ranks * len(ours), *ours.shape[1:]))
         with self._talking():
-            dist.all_gather(list(whole.chunk(self.tree_ranks)), ours, group=self.group)
+            dist.all_gather(list(whole.chunk(self.tree_ranks)), ours, group=self.tree[0])
         return whole.view(nodes, sharers * ours.shape[1], *ours.shape[2:])[:, :rows]
 
     def _sharers(self, nodes: int) -> int:
@@ -166,15 +167,17 @@ def join(device: str, tree_ranks: int) -> Iterator[Team]:
         return
     try:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE, rank=rank, world_size=size)
-        group = None
-        for first in range(0, size, tree_ranks) if tree_ranks > 1 else ():
-            trees = dist.new_group(list(range(first, first + tree_ranks)))  # every rank must take part in making each
-            group = trees if first <= rank < first + tree_ranks else group
+        trees = [range(first, first + tree_ranks) for first in range(0, size, tree_ranks) if tree_ranks > 1]
+        groups = [dist.new_group(list(ranks)) for ranks in trees]  # every rank must take part in making each
     except (RuntimeError, ValueError) as exc:
         raise TeamError(f"the {size} ranks did not come together: {exc}") from exc
+    tree = [group for ranks, group in zip(trees, groups, strict=True) if rank in ranks]
+    groups.clear()
     try:
-        yield Team(rank, size, tree_ranks, place, group)
+        yield Team(rank, size, tree_ranks, place, tree)
     finally:
+        # The threads of a group end with the last reference to it. One that outlives the interpreter aborts the process.
+        tree.clear()
         dist.destroy_process_group()
 
 

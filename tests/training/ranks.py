@@ -21,6 +21,9 @@ with join("cpu", tree_ranks) as team:
         team.require_agreement(team.rank, "number")
     except TeamError as exc:
         complaint = str(exc)
-    if team.leads:
-        traffic = {"summed": team.traffic.summed, "gathered": team.traffic.gathered}
-        json.dump(traffic | {"losses": losses, "complaint": complaint}, sys.stdout)
+threads = [name for file in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := file.read_text())]
+traffic = {"summed": team.traffic.summed, "gathered": team.traffic.gathered, "threads": threads}
+if team.leads:
+    json.dump(traffic | {"losses": losses, "complaint": complaint}, sys.stdout)
+elif threads:
+    raise SystemExit(f"threads of the team outlive it: {threads}")
