@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from service.app import create_app
+from service.logs import ACCESS_LOGGER
 from service.settings import Settings
 from tests.conftest import Trained
 
@@ -67,3 +69,24 @@ def client(settings: Settings) -> Iterator[Client]:
     client = Client(create_app(settings))
     yield client
     client.close()
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture
+def lines() -> Iterator[list[logging.LogRecord]]:
+    """Of the access log."""
+    handler, logger = _Lines(), logging.getLogger(ACCESS_LOGGER)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler.records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
