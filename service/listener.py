@@ -52,6 +52,7 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
     )
     try:
+        _check_password(settings)
         config.load()
     except OSError as exc:  # ssl.SSLError is one
         raise BadCertificate(
@@ -59,6 +60,13 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
             f"key's password if it has one: {exc}"
         ) from exc
     return config
+
+
+def _check_password(settings: Settings) -> None:
+    """Refuse an encrypted key without its password: OpenSSL would ask for it on the terminal, and wait."""
+    file = settings.tls_key or settings.tls_cert
+    if file is not None and settings.key_password is None and b"ENCRYPTED" in file.read_bytes():
+        raise BadCertificate(f"the TLS key {file} is encrypted: expected its password by tls_key_password or its file")
 
 
 class Server(uvicorn.Server):
