@@ -87,6 +87,7 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         about = {
             "capacity": capacity,
+            "requests": requests,
             "shallowest_latency_ms": 1000 * latency_s,
             "transport_ms": 1000 * load.transport_s,
             "gc_pauses": pauses,
