@@ -49,7 +49,7 @@ def main(models: Path, seconds: float, rounds: int) -> None:
         oip = [_oip(ours, manifest.input.name, x, path, outputs) for outputs in ((), ("label",))]
         table = Table(title="processor time per request, ms (median over the rounds), and round trips a second")
         for column in ("clients", "asked", "ms", "1/s", "compared with", "ms", "1/s", "ratio"):
-            table.add_column(column, justify="left" if column in ("asked", "compared with") else "right")
+            table.add_column(column, justify="left" if column in ("asked", "compared with") else "right", no_wrap=True)
         for clients in (1, 32):
             pairs = [(engine, Asked("bare route", bare, _raw("/predict", x))), *((each, engine) for each in oip)]
             for asked, base in pairs:

@@ -58,7 +58,11 @@ def request(model: str = "digits", **numbers: float) -> pb.ModelInferRequest:
     return message
 
 
-def told(lines: list[logging.LogRecord], *fields: str) -> list[tuple[object, ...]]:
+def told(lines: list[logging.LogRecord], count: int, *fields: str) -> list[tuple[object, ...]]:
+    """Of so many lines, the last of which may be written only after its client has had its answer."""
+    until = time.monotonic() + 20
+    while len(lines) < count and time.monotonic() < until:
+        time.sleep(0.01)  # another thread's doing, which has no other way to tell us
     return [tuple(getattr(line, field) for field in fields) for line in lines]
 
 
@@ -85,7 +89,7 @@ def test_the_access_log_tells_who_called_what_and_what_came_of_it(
     refused(lambda: stub.ModelInfer(request(), metadata=[("x-api-key", SECRET)]))
     refused(lambda: stub.ModelInfer(request(), metadata=few))
     refused(lambda: channel.unary_unary(f"/{SECRET}")(b"", metadata=key))
-    assert told(lines, "method", "route", "status", "model", "key", "depth", "stopped_by", "deadline_met") == [
+    assert told(lines, 9, "method", "route", "status", "model", "key", "depth", "stopped_by", "deadline_met") == [
         ("gRPC", f"{SERVICE}/ModelInfer", OK, "digits", "alice", 3, "depth", None),
         ("gRPC", f"{SERVICE}/ModelInfer", OK, "digits", "few", lines[1].depth, "complete", True),
         ("gRPC", f"{SERVICE}/ModelMetadata", OK, "digits", "few", None, None, None),
@@ -113,14 +117,14 @@ def test_each_request_of_a_stream_has_a_line_and_then_the_stream(
     requests = [request(depth=2), request("cats"), request(depth=1)]
     answers = list(stub.ModelStreamInfer(iter(requests), metadata=metadata))
     missing = grpc.StatusCode.NOT_FOUND.value[0]
-    assert told(lines, "status", "model", "depth", "bytes_in", "bytes_out") == [
+    assert told(lines, 4, "status", "model", "depth", "bytes_in", "bytes_out") == [
         (OK, "digits", 2, requests[0].ByteSize(), answers[0].ByteSize()),
         (missing, "cats", None, requests[1].ByteSize(), answers[1].ByteSize()),
         (OK, "digits", 1, requests[2].ByteSize(), answers[2].ByteSize()),
         (OK, None, None, None, None),
     ]
     everywhere = ("a-stream", "alice", f"{SERVICE}/ModelStreamInfer")
-    assert set(told(lines, "request_id", "key", "route")) == {everywhere}
+    assert set(told(lines, 4, "request_id", "key", "route")) == {everywhere}
 
 
 def test_a_client_that_leaves_is_logged_as_one_that_left(
@@ -136,10 +140,7 @@ def test_a_client_that_leaves_is_logged_as_one_that_left(
     next(stream)
     stream.cancel()
     done.set()
-    until = time.monotonic() + 20
-    while len(lines) < 2 and time.monotonic() < until:
-        time.sleep(0.01)  # another thread's doing, which has no other way to tell us
-    assert told(lines, "status", "model") == [(OK, "digits"), (CANCELLED, None)]
+    assert told(lines, 2, "status", "model") == [(OK, "digits"), (CANCELLED, None)]
 
 
 def test_a_sane_request_id_comes_back_and_else_the_call_gets_one(
