@@ -6,8 +6,10 @@ share a batch, and newcomers join in between. Whenever the device is free:
 
 1.  First answers are safe. Earliest deadline first, they run in the largest batch that lets every row that waits for one
     have it in time. Where that is not possible, the batch runs that gives most first answers in time per second; rows that
-    are too late for theirs wait behind all others. Deeper work runs only as long as they can wait, and no longer than a
-    share of the tightest budget seen lately, for those who have not arrived yet.
+    are too late for theirs wait behind all others. Deeper work goes before them only while more of them would make their
+    batch cheaper, and only for a share of the time that they can spare; or if they can spare more than the tightest budget
+    seen lately, which is what whoever comes next may need. It runs no longer than a share of that budget, for those who
+    come meanwhile.
 2.  Within that, the batch with the highest expected gain per second runs: of deeper work what it puts right, given each
     row's confidence (`Offer.gain`); of first answers what the step after them puts right.
 3.  Rows that are not worth the device's time are answered at once (`service.policy.price`), and so are those that could
@@ -33,6 +35,7 @@ from service.profile import Segment
 _SHARE_OF_BUDGET = 0.2
 _MOST_BATCHES = 8  # of rows that wait for a better answer
 _SPARE_SHARE = 0.5  # of the time that first answers can spare, for deeper work
+_CHEAP = 1.25  # how much more of the device's time a row of a cheap batch takes than one of the largest
 _FORGETTING = 1.02  # the factor by which the tightest budget is relaxed with every arrival
 
 Queues = dict[Segment, SortedQueue[Row]]
@@ -109,7 +112,7 @@ class LadderEdf:
                     following = self._offer.after(row.answered)
                 else:
                     if row.answered not in options:
-                        options[row.answered] = self._price.options(row.answered)
+                        options[row.answered] = self._price.options(row.answered, self._quantum_s())
                     left_s = row.deadline_s - now_s - self._offer.reserve_s
                     _, following = self._price.best(options[row.answered], 1 - confidence, left_s)
                 if following is not None:
@@ -177,7 +180,7 @@ class LadderEdf:
         while wish.path is None:
             at = steps[-1].path
             wrong = 1 - offer.accuracies[at]
-            target = self._price.best(self._price.options(at), wrong)[1] if free else offer.after(at)
+            target = self._price.best(self._price.options(at, self._quantum_s()), wrong)[1] if free else offer.after(at)
             if target is None:
                 break
             by_s = steps[-1].by_s + profile.latency_s(segment_between(at, target), rows)
@@ -189,14 +192,29 @@ class LadderEdf:
     def _choose(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment | None]:
         batches, deeper = self._batches(), None
         if self._deeper:
-            first_spare_s = self._spare_s(now_s, chain.from_iterable(batches.values()))
-            deeper = self._best_deeper(now_s, min(spare_s, _SPARE_SHARE * first_spare_s))
+            deeper = self._best_deeper(now_s, min(spare_s, self._spare_for_deeper_s(now_s, batches)))
         if batches and (deeper is None or deeper.rate <= self._first_rate()):
             return self._first_answers(now_s, spare_s, batches)
         if deeper is not None:
             rows = deeper.queue.take_places(deeper.places)
             return self._join(rows, deeper.segment, now_s, deeper.limit_s, deeper.limit_s)
         return self._late_answers(now_s, spare_s)
+
+    def _spare_for_deeper_s(self, now_s: float, batches: dict[Segment, list[_Due]]) -> float:
+        """How long deeper work may keep these batches of first answers waiting."""
+        if not batches:
+            return math.inf
+        first_spare_s = self._spare_s(now_s, chain.from_iterable(batches.values()))
+        if sum(map(len, self._first.values())) < self._cheap_rows():
+            return _SPARE_SHARE * first_spare_s
+        return max(0.0, first_spare_s - self._tightest_s)
+
+    def _cheap_rows(self) -> int:
+        """From how many rows on first answers are cheap."""
+        profile, shallowest = self._offer.profile, Segment(self._offer.climb[0], embed=True)
+        most_s = _CHEAP * profile.latency_s(shallowest, profile.max_batch) / profile.max_batch
+        cheap = (size for size in reversed(self._sizes) if profile.latency_s(shallowest, size) <= size * most_s)
+        return next(cheap, profile.max_batch)
 
     def _first_rate(self) -> float:
         """What running the next first answers now is worth per second. The answers themselves are safe, so it is what
@@ -230,7 +248,7 @@ class LadderEdf:
         gain = self._offer.gain(row.answered, row.target, row.confidence)
         until_s = row.patient_until_s
         if not patient:
-            until_s = row.deadline_s - self._offer.reserve_s - self._offer.profile.latency_s(segment, 1)
+            until_s = row.deadline_s - self._offer.reserve_s - self._offer.in_pieces_s(segment, self._quantum_s())
             if until_s < now_s:
                 self._done.append((row, "budget"))
                 return

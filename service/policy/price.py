@@ -26,13 +26,14 @@ often; the others are then right."""
 
 class Option(NamedTuple):
     """A step to the answer of `target`: it puts right `share` of the wrong answers, takes `cost_s` of the device per
-    row and at least `least_s` in all, and what follows is worth `then` to a row that is unsure there."""
+    row and at least `least_s` in all. What follows is worth `then` to a row that is unsure there and has `then_s` more."""
 
     target: Path
     share: float
     cost_s: float
     least_s: float
     then: float
+    then_s: float
 
 
 class Price:
@@ -61,20 +62,21 @@ class Price:
         if rate > self.per_second:
             self.per_second += _RISE * (rate - self.per_second)
 
-    def options(self, answered: Path) -> list[Option]:
-        """The ways on from the answer of a path, at the present price."""
+    def options(self, answered: Path, longest_s: float = math.inf) -> list[Option]:
+        """The ways on from the answer of a path, at the present price, if no run may be longer than `longest_s`."""
         offer = self._offer
         climb = offer.climb[offer.climb.index(answered) :]
         options: list[Option] = []
-        then: dict[Path, float] = {}
+        then: dict[Path, tuple[float, float]] = {}
         for place in reversed(range(len(climb))):
             at = climb[place]
             options = []
             for target in climb[place + 1 :]:
-                least_s = offer.profile.latency_s(segment_between(at, target), 1)
-                option = Option(target, offer.gain(at, target, 0.0), self._cost_s(at, target), least_s, then[target])
+                least_s = offer.in_pieces_s(segment_between(at, target), longest_s)
+                option = Option(target, offer.gain(at, target, 0.0), self._cost_s(at, target), least_s, *then[target])
                 options.append(option)
-            then[at] = self.best(options, _COIN)[0]
+            value, following = self.best(options, _COIN)
+            then[at] = value, next((option.least_s for option in options if option.target == following), 0.0)
         return options
 
     def best(self, options: list[Option], wrong: float, left_s: float = math.inf) -> tuple[float, Path | None]:
@@ -86,8 +88,9 @@ class Price:
                 continue
             gain = option.share * wrong
             unsure = min(1.0, (wrong - gain) / _COIN)
-            net = gain - self.per_second * option.cost_s + unsure * option.then
-            if net > value or (best is None and self.per_second == 0):  # free: no gain is too small
+            then = option.then if option.least_s + option.then_s <= left_s else 0.0
+            net = gain - self.per_second * option.cost_s + unsure * then
+            if net > value or (net == value and self.per_second == 0):  # free: no gain is too small
                 value, best = net, option.target
         return value, best
 

@@ -65,6 +65,15 @@ class Offer:
             return None
         return self.climb[self.climb.index(path) + 1]
 
+    def in_pieces_s(self, segment: Segment, longest_s: float) -> float:
+        """Seconds that a row takes through `segment` in runs of at most `longest_s` each, or of a block."""
+        whole_s, blocks = self.profile.latency_s(segment, 1), len(segment.nodes)
+        if whole_s <= longest_s or blocks < 2:
+            return whole_s
+        call_s = self.profile.latency_s(Segment((), embed=False), 1)
+        blocks_per_run = max(1, int(blocks * (longest_s - call_s) / (whole_s - call_s))) if whole_s > call_s else blocks
+        return whole_s + (math.ceil(blocks / blocks_per_run) - 1) * call_s
+
     def gain(self, answered: Path, target: Path, confidence: float) -> float:
         """What the answer of `target` is expected to add to the probability of a right one.
 

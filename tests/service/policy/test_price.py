@@ -100,8 +100,8 @@ def test_the_price_falls_only_while_the_device_is_idle() -> None:
 def test_the_best_option_is_the_one_of_most_net_gain() -> None:
     price = Price(make_offer(RISING))
     price.per_second = 1.0
-    cheap, vain = Option((4, 6), 0.2, 0.01, 0.02, 0.0), Option((4, 5), 0.1, 0.2, 0.4, 0.0)
-    dear = Option((4, 6, 7), 0.4, 0.3, 0.6, 0.0)
+    cheap, vain = Option((4, 6), 0.2, 0.01, 0.02, 0.0, 0.0), Option((4, 5), 0.1, 0.2, 0.4, 0.0, 0.0)
+    dear = Option((4, 6, 7), 0.4, 0.3, 0.6, 0.0, 0.0)
     assert price.best([vain, dear, cheap], 1.0) == (pytest.approx(0.19), (4, 6))
     assert price.best([vain], 1.0) == (0.0, None)
     followed = cheap._replace(target=(4, 5), then=0.1)
@@ -111,7 +111,14 @@ def test_the_best_option_is_the_one_of_most_net_gain() -> None:
 def test_an_option_that_takes_longer_than_is_left_is_none() -> None:
     """A row was once answered for lack of time for the best step, though a smaller one would have fitted."""
     price = Price(make_offer(RISING))
-    near, far = Option((4, 6), 0.2, 0.01, 0.02, 0.0), Option((4, 6, 7), 0.4, 0.01, 0.06, 0.0)
+    near, far = Option((4, 6), 0.2, 0.01, 0.02, 0.0, 0.0), Option((4, 6, 7), 0.4, 0.01, 0.06, 0.0, 0.0)
     assert price.best([near, far], 1.0, 0.07)[1] == (4, 6, 7)
     assert price.best([near, far], 1.0, 0.05)[1] == (4, 6)
     assert price.best([near, far], 1.0, 0.01)[1] is None
+
+
+def test_what_could_follow_counts_only_if_there_is_time_for_it() -> None:
+    price = Price(make_offer(RISING))
+    near, far = Option((4, 6), 0.2, 0.01, 0.02, 0.9, 0.06), Option((4, 6, 7), 0.4, 0.01, 0.06, 0.0, 0.0)
+    assert price.best([near, far], 1.0, 0.09)[1] == (4, 6)
+    assert price.best([near, far], 1.0, 0.07)[1] == (4, 6, 7)
