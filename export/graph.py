@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from family.manifest import WEIGHTS_FILE, BundleError
 from family.tree import Path
+from training.cost import without_fused_kernels
 from training.model import Family
 from training.shapes import shapes_of
 
@@ -192,17 +193,6 @@ def _export(module: nn.Module, example: Tensor, name: str) -> Part:
         node.ClearField("doc_string")
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     return Part(tuple(graph.node), graph.input[0].name, graph.output[0].name, tensors)
-
-
-@contextmanager
-def without_fused_kernels() -> Iterator[None]:
-    """Let torch's own transformer layers run as the operators that they are made of, which can be exported and counted."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager
