@@ -107,19 +107,23 @@ def export_bundle(
             format_version=FORMAT_VERSION,
             name=config.name,
             hierarchy_depth=family.tree.hierarchy_depth,
-            input=TensorSpec(name="x", datatype="FP32", shape=(-1, *parts.input_shape)),
+            input=TensorSpec(
+                name="x", datatype="INT64" if data.spec.vocabulary else "FP32", shape=(-1, *parts.input_shape)
+            ),
             state=TensorSpec(name="state", datatype="FP32", shape=(-1, *parts.state_shape)),
             output=TensorSpec(name="logits", datatype="FP32", shape=(-1, parts.classes)),
             labels=data.spec.labels,
             image=data.spec.image,
             features=data.spec.features,
             normalisation=data.spec.normalisation,
+            vocabulary=data.spec.vocabulary,
             paths=entries,
             provenance=_provenance(config, data, progress, origin),
             files={name: sha256_of(temporary / name) for name in names},
         )
-        certificate = _certificate(family, manifest, data.certification)
-        manifest = Manifest.model_validate(manifest.model_dump() | {"certificate": certificate.model_dump()})
+        if len(data.certification):
+            certificate = _certificate(family, manifest, data.certification)
+            manifest = Manifest.model_validate(manifest.model_dump() | {"certificate": certificate.model_dump()})
         advance("certified")
         differences = verify_bundle(temporary, manifest, family, lambda path: advance(f"verified {format_path(path)}"))
         _write(temporary / MANIFEST_FILE, dump_manifest(manifest))

@@ -107,11 +107,13 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDetail(Model):
-    """A served model with all that it offers: rows have `input_shape`, `max_risk` can be one of `risk_levels`. `features`
+    """A served model with all that it offers: rows have `input_shape` and are numbers, FP32, or
+    tokens, INT64 (`input_datatype`); `max_risk` can be one of `risk_levels`. `features`
     are the columns of a table, in the order of the input."""
 
     hierarchy_depth: int
     input_shape: tuple[int, ...]
+    input_datatype: str = "FP32"
     features: tuple[str, ...] | None = None
     labels: tuple[str, ...]
     reference: str

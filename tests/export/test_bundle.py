@@ -292,5 +292,5 @@ def test_paths_that_do_not_exist_or_were_not_trained_are_refused() -> None:
 
 def test_manifest_is_plain_json(trained: Trained) -> None:
     content = json.loads((trained.bundle / "manifest.json").read_text())
-    assert content["format_version"] == "1.1"
+    assert content["format_version"] == "1.2"
     assert {"torch", "onnx"} <= content["provenance"]["libraries"].keys()
