@@ -47,7 +47,7 @@ def main(bundle: FilePath, out: FilePath | None) -> None:
         table.add_row(name, f"{100 * falls:.1f}", f"{100 * accuracy:.1f}")
     console.print(table)
 
-    profile = LatencyProfile(open_world(bundle, Hardware()).parts)
+    profile = LatencyProfile(open_world(bundle, Hardware()).machine.parts)
     points = [
         (format_path(path), 1000 * profile.typical_s(Segment(path, embed=True), 1), entry.test.accuracy)
         for path, entry in manifest.offered.items()

@@ -36,9 +36,17 @@ DEFAULT_MODELS = Path("runs/bench-models")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--requests", type=click.IntRange(min=100), default=10_000, show_default=True, help="Of one replay.")
 @click.option("--tries", type=click.IntRange(min=1), default=3, show_default=True, help="Of a replay that is void.")
+@click.option("--capacity", type=click.FloatRange(min=1), help="C, in requests/s.  [default: what this machine can do]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for bench.csv, bench.json, a plot.")
 def main(
-    models: Path, policies: str | None, cells: tuple[int, ...], seeds: int, requests: int, tries: int, out: Path | None
+    models: Path,
+    policies: str | None,
+    cells: tuple[int, ...],
+    seeds: int,
+    requests: int,
+    tries: int,
+    capacity: float | None,
+    out: Path | None,
 ) -> None:
     """Compare policies on real servers of the one model in the folder MODELS, over HTTP.
 
@@ -62,7 +70,7 @@ def main(
         console.print(
             f"shallowest latency L = {1000 * latency_s:.2f} ms, the way there and back {1000 * load.transport_s:.2f}"
         )
-        capacity = capacity_of(load, servers[shallowest], LONG * latency_s)
+        capacity = capacity or capacity_of(load, servers[shallowest], LONG * latency_s)
         console.print(f"capacity C = {capacity:.0f} requests/s")
         runs = [(cell, seed, name) for cell in chosen for seed in range(seeds) for name in _rotated(names, seed)]
         measured = [
@@ -79,6 +87,7 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         about = {
             "capacity": capacity,
+            "requests": requests,
             "shallowest_latency_ms": 1000 * latency_s,
             "transport_ms": 1000 * load.transport_s,
             "gc_pauses": pauses,

@@ -20,22 +20,22 @@ from rich.table import Table
 from benchmarks import traces
 from benchmarks.bound import upper_bound, value_of_time
 from benchmarks.cells import LIVE, LONG, MATRIX, Cell
+from benchmarks.machine import Machine, kept_machine, measure_machine
 from benchmarks.outcomes import digits_of, record
 from benchmarks.plots import draw_loads
 from benchmarks.simulation import Hardware, Outcomes, Report, simulate
+from benchmarks.validation import compare_with
 from family.manifest import BundleError, check_files, load_manifest
 from family.tree import format_path
 from service.policy import DEFAULT_POLICY, make_policy
 from service.policy.state import Offer, Policy
-from service.profile import LatencyProfile, Parts, Segment
-from service.repository import ServedModel
-from service.runtime import Runtime
-from service.settings import ModelSettings
+from service.profile import LatencyProfile, Segment
 
 console = Console()
 
 DEFAULT_BUNDLE = Path("runs/bench-models/bench/1")
 _RESERVE_S = 0.001
+_ALIKE = 0.02  # shares in time
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +43,14 @@ class World:
     """All that a simulation needs of a bundle and a machine; small enough to be sent to other processes."""
 
     offer: Offer
-    parts: Parts
-    ratios: tuple[float, ...]
+    machine: Machine
     outcomes: Outcomes
     hardware: Hardware
     value: tuple[traces.Arrivals, traces.Arrivals]  # of time: see `benchmarks.bound`
 
     def fresh(self, policy: str) -> tuple[Policy, Offer]:
         """A policy of one server, with a profile of its own that begins as the measured one."""
-        profile = LatencyProfile(self.parts)
-        for rows, ratio in zip(self.parts.batches, self.ratios, strict=True):
-            for segment in (Segment(self.offer.front[0], embed=True),):
-                profile.observe(segment, rows, ratio * profile.typical_s(segment, rows))
+        profile = self.machine.profile(Segment(self.offer.front[0], embed=True))
         offer = Offer(self.offer.climb, self.offer.front, self.offer.accuracies, profile, self.offer.least_reserve_s)
         return make_policy(policy, offer), offer
 
@@ -62,7 +58,7 @@ class World:
     def shallowest_s(self) -> float:
         """Latency of the shallowest path at one client, end to end."""
         hardware, shallowest = self.hardware, Segment(self.offer.front[0], embed=True)
-        inference_s = LatencyProfile(self.parts).typical_s(shallowest, 1)
+        inference_s = LatencyProfile(self.machine.parts).typical_s(shallowest, 1)
         return hardware.receive_s + hardware.hop_s + inference_s + hardware.send_s
 
     def play(self, arrivals_s: traces.Arrivals, budget_s: float, policy: str, *, servers: int, seed: int) -> Report:
@@ -92,24 +88,21 @@ class World:
         return low
 
 
-def open_world(bundle: Path, hardware: Hardware) -> World:
-    """Measure a bundle here, on one thread, and record what it answers to the test digits.
+def open_world(bundle: Path, hardware: Hardware, machine: Path | None = None) -> World:
+    """A bundle on this machine, on one thread, or on the one that the file `machine` tells of (see `kept_machine`), and
+    what it answers to the test digits.
 
     Raises:
         BundleError: it is damaged.
-        ValueError: it was not trained on the digits.
+        ValueError: it was not trained on the digits; the file is of no use.
     """
     manifest = load_manifest(bundle)
     check_files(bundle, manifest)
-    runtime = Runtime(bundle, manifest, threads=1, device="cpu")
-    model = ServedModel("simulated", 1, manifest, runtime, ModelSettings())
-    model.warm_up(32, time.perf_counter, lambda: False)
-    assert model.profile is not None
-    profile = model.profile
-    offer = Offer.of(manifest, profile, _RESERVE_S)
-    ratios = tuple(profile.ratio(rows) for rows in profile.parts.batches)
+    found = measure_machine(bundle, manifest) if machine is None else kept_machine(machine, bundle, manifest)
+    profile = found.profile(Segment(manifest.front[0], embed=True))
     outcomes = record(bundle, manifest, digits_of(manifest))
-    return World(offer, profile.parts, ratios, outcomes, hardware, value_of_time(outcomes, profile))
+    offer = Offer.of(manifest, profile, _RESERVE_S)
+    return World(offer, found, outcomes, hardware, value_of_time(outcomes, profile))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +162,17 @@ def play_all(world: World, jobs: Sequence[Job], workers: int) -> list[Played]:
 @click.command("simulate")
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False), default=DEFAULT_BUNDLE)
 @click.option("--policies", help="Comma-separated.  [default: all, static ones on the paths of the front]")
+@click.option(
+    "--profile",
+    "machine",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of how fast the machine is; written if there is none.  [default: measure this machine]",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder --out of `hbll bench`: play its traces, and compare.",
+)
 @click.option("--live-cells", is_flag=True, help="Only the twelve cells that `hbll bench` measures.")
 @click.option("--servers", type=click.IntRange(1, 1000), default=1, show_default=True, help="Behind two random choices.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
@@ -181,6 +185,8 @@ def play_all(world: World, jobs: Sequence[Job], workers: int) -> list[Played]:
 def main(
     bundle: Path,
     policies: str | None,
+    machine: Path | None,
+    against: Path | None,
     live_cells: bool,
     servers: int,
     seeds: int,
@@ -200,14 +206,18 @@ def main(
     Examples:
       hbll simulate --live-cells
       hbll simulate --policies ladder-edf,slackfit --servers 100 --seeds 1
+      hbll simulate --against docs/bench
     """
     hardware = Hardware(hop_s=hop_us / 1e6, jitter=jitter, send_s=http_us / 1e6, receive_s=http_us / 1e6)
     try:
-        world = open_world(bundle, hardware)
+        world = open_world(bundle, hardware, machine)
+        if against is not None:
+            _validate(world, against)
+            return
         names = split_names(policies) if policies else default_policies(world.offer)
         for name in names:
             world.fresh(name)
-    except (BundleError, ValueError) as exc:
+    except (BundleError, OSError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     capacity = world.capacity()
     console.print(
@@ -229,6 +239,25 @@ def main(
         if not live_cells:
             draw_loads(out / "simulation.png", played)
         console.print(f"wrote {out}")
+
+
+def _validate(world: World, against: Path) -> None:
+    """Set the simulation beside what was measured on real servers, cell by cell."""
+    table = Table(title="in time, % of all arrivals: measured / simulated")
+    compared = list(track(compare_with(world.play, against), "simulating", console=console))
+    names = list(dict.fromkeys(each.policy for each in compared))
+    for column in ("cell", *names):
+        table.add_column(column, justify="left" if column == "cell" else "right")
+    for cell in dict.fromkeys(each.cell for each in compared):
+        row = []
+        for name in names:
+            here = [each for each in compared if (each.cell, each.policy) == (cell, name)]
+            shares = (100 * float(np.mean([getattr(each, what) for each in here])) for what in ("measured", "simulated"))
+            row.append(" / ".join(f"{share:.1f}" for share in shares))
+        table.add_row(cell, *row)
+    console.print(table)
+    apart = sum(abs(each.measured - each.simulated) > _ALIKE for each in compared)
+    console.print(f"{apart} of {len(compared)} replays are more than {100 * _ALIKE:g} points apart")
 
 
 def split_names(text: str) -> list[str]:

@@ -133,8 +133,8 @@ def simulate(
             return
         typical_s = server.offer.profile.typical_s(batch.segment, len(batch.rows))
         number += 1
-        server.running, server.ran_s = batch, typical_s * noise[number & 4095] + hardware.hop_s
-        server.ends_s = now + server.ran_s
+        server.running, server.ran_s = batch, typical_s * noise[number & 4095]
+        server.ends_s = now + server.ran_s + hardware.hop_s
         heapq.heappush(events, (server.ends_s, number, index))
 
     def happens(now: float, index: int) -> None:
@@ -144,7 +144,7 @@ def simulate(
             if now < server.ends_s:
                 return  # a wake-up while it runs
             server.running = None
-            server.offer.profile.observe(batch.segment, len(batch.rows), server.ran_s)
+            server.offer.profile.observe(batch.segment, len(batch.rows), server.ran_s, hardware.hop_s)
             confidences = [
                 outcomes.confidence[row.target][row.image] if len(row.rest.nodes) == len(batch.segment.nodes) else 0.0
                 for row in batch.rows

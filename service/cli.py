@@ -27,6 +27,10 @@ from service.sources import WrongSettings, load_settings
 
 console = Console()
 
+_SWITCH_S = 0.0001
+"""How long the event loop may go on while the inference thread waits for Python's lock, which it does before and after
+every run. Python's own 5 ms are several runs long."""
+
 
 @click.command(
     epilog=f"Every setting is also a variable, HBLL_ and its name in capitals, and a key of the file. Without a flag are "
@@ -62,6 +66,7 @@ def serve(show_config: bool, **flags: Any) -> None:
         raise click.ClickException(str(exc)) from exc
     # uvicorn drains on SIGTERM and then raises it once more, for whoever handled it before: a normal end has status 0.
     signal.signal(signal.SIGTERM, lambda *_: None)
+    sys.setswitchinterval(_SWITCH_S)
     with suppress(KeyboardInterrupt):
         server.run()
     if not server.started:

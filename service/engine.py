@@ -286,10 +286,10 @@ class Engine:
         watchdog = asyncio.get_running_loop().call_later(hung_s, self._hangs, model, batch, hung_s)
         try:
             try:
-                output = await running
+                output, ran_s = await running
             except WorkerDied:  # perhaps not of this batch: once more
                 self._well = False
-                output = await worker.run(job)
+                output, ran_s = await worker.run(job)
         except Exception:
             logger.exception("inference of %d rows of %s failed", len(rows), model.name)
             self._fail(rows, InferenceFailed("the model could not be run on this; the server's log has the cause"))
@@ -297,6 +297,10 @@ class Engine:
         finally:
             watchdog.cancel()
             self._well, self._busy_until_s = True, 0.0
+        took_s = self.clock() - start
+        assert model.profile is not None
+        model.profile.observe(batch.segment, len(rows), ran_s, max(0.0, took_s - ran_s))
+        self.metrics.profile_ratio.labels(*model.labels).observe(took_s / batch.expected_s)
         self._finish(model, batch, rows, output, start)
 
     def _hangs(self, model: ServedModel, batch: Batch, after_s: float) -> None:
@@ -322,24 +326,23 @@ class Engine:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._happened.wait(), max(0.0, until_s - self.clock()))
 
-    def _job(self, model: ServedModel, batch: Batch, rows: Sequence[TicketRow]) -> Callable[[], Output]:
-        """What the inference thread does for a batch."""
+    def _job(self, model: ServedModel, batch: Batch, rows: Sequence[TicketRow]) -> Callable[[], tuple[Output, float]]:
+        """What the inference thread does for a batch, and the seconds that it took to."""
         segment = batch.segment
 
-        def job() -> Output:
+        def job() -> tuple[Output, float]:
+            begun_s = self.clock()
             source = np.stack([row.x if segment.embed else cast(Rows, row.state) for row in rows])
-            return model.runner.run(
+            output = model.runner.run(
                 segment.nodes, source, embed=segment.embed, predict=batch.predict, keep_state=batch.keep_state
             )
+            return output, self.clock() - begun_s
 
         return job
 
     def _finish(self, model: ServedModel, batch: Batch, rows: Sequence[TicketRow], output: Output, start: float) -> None:
         """Note the answers that a batch has brought, and tell the policy."""
         now = self.clock()
-        assert model.profile is not None
-        model.profile.observe(batch.segment, len(rows), now - start)
-        self.metrics.profile_ratio.labels(*model.labels).observe((now - start) / batch.expected_s)
         ends = [len(row.at) * (not batch.segment.embed) + len(batch.segment.nodes) == len(row.target) for row in rows]
         confidences = [0.0] * len(rows)
         if output.logits is not None:

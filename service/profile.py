@@ -1,9 +1,10 @@
 """How long a part of a path takes on this machine: measured at warm-up, corrected by every run, told as a quantile.
 
 A run is a call, perhaps the embedding, some blocks, and the head: these parts are timed (medians, at several batch
-sizes) and added up. What a run really takes is told in relation to that sum, by the 0.9 quantile of the ratios of the
-latest runs of about the same batch size. So a processor that somebody else wants too shows after a few runs, and is
-forgotten as fast.
+sizes) and added up. What the inference thread really takes is told in relation to that sum, by the 0.9 quantile of the
+ratios of the latest runs of about the same batch size. What a run waits for beside, until the thread begins and until the
+event loop hears of its end, does not depend on the run and is added: the 0.9 quantile of the latest runs, too. So a
+processor that somebody else wants as well shows after a few runs, and is forgotten as fast.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class LatencyProfile:
         self.max_batch = parts.batches[-1]
         self._typical: dict[Segment, list[float]] = {}
         self._ratios = [_Window(QUANTILE) for _ in range(self.max_batch.bit_length() + 1)]
+        self._waits = _Window(QUANTILE, quantile=0.0)
         self._sends = _Window(SEND_QUANTILE, size=200, quantile=0.0)
 
     def typical_s(self, segment: Segment, rows: int) -> float:
@@ -80,15 +82,18 @@ class LatencyProfile:
     def latency_s(self, segment: Segment, rows: int) -> float:
         """The 0.9 quantile as of late: what to count on."""
         if rows > self.max_batch:
-            return self.typical_s(segment, rows) * self.ratio(rows)
+            runs = -(-rows // self.max_batch)
+            return self.typical_s(segment, rows) * self.ratio(rows) + runs * self._waits.quantile
         table = self._typical.get(segment) or self._table(segment)  # asked for very often
-        return table[rows] * self._ratios[rows.bit_length()].quantile
+        return table[rows] * self._ratios[rows.bit_length()].quantile + self._waits.quantile
 
-    def observe(self, segment: Segment, rows: int, took_s: float) -> None:
-        """Learn that a run took so long."""
+    def observe(self, segment: Segment, rows: int, took_s: float, waited_s: float | None = None) -> None:
+        """Learn that a run took the inference thread so long and, if that is known, what it waited beside."""
         expected_s = self.typical_s(segment, rows)
         if expected_s > 0:
             self._window(rows).add(took_s / expected_s)
+        if waited_s is not None:
+            self._waits.add(waited_s)
 
     @property
     def send_s(self) -> float:
@@ -102,7 +107,7 @@ class LatencyProfile:
 
     def relax(self) -> None:
         """Expect a little less: for when nothing is run because too much is expected, and so nothing is learned."""
-        for window in (*self._ratios, self._sends):
+        for window in (*self._ratios, self._waits, self._sends):
             window.relax()
 
     def ratio(self, rows: int) -> float:

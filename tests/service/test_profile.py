@@ -96,6 +96,24 @@ def test_a_single_outlier_among_many_runs_is_not_counted_on() -> None:
     assert profile.ratio(1) == 1.0
 
 
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=120))
+@settings(max_examples=50)
+def test_what_a_run_waits_for_is_added_whatever_its_size(waits) -> None:
+    profile = LatencyProfile(PARTS)
+    for waited_s in waits:
+        profile.observe(ONE, 4, profile.typical_s(ONE, 4), waited_s)
+    latest = sorted(waits[-50:])
+    expected_s = latest[int(0.9 * (len(latest) - 1))]
+    for segment, rows in ((ONE, 1), (ONE, 4), (TWO, 3)):
+        assert profile.latency_s(segment, rows) == pytest.approx(profile.typical_s(segment, rows) + expected_s)
+    assert profile.latency_s(ONE, 9) == pytest.approx(profile.typical_s(ONE, 9) + 3 * expected_s), (
+        "three batches wait thrice"
+    )
+    for _ in range(50):
+        profile.relax()
+    assert profile.latency_s(ONE, 4) == profile.typical_s(ONE, 4)
+
+
 def test_runs_that_are_expected_to_take_no_time_teach_nothing() -> None:
     profile = LatencyProfile(fake_parts(block_s=0.0))
     profile.observe(ONE, 1, 1.0)
