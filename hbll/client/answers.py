@@ -107,9 +107,9 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDetail(Model):
-    """A served model with all that it offers: rows have `input_shape` and are numbers, FP32, or
-    tokens, INT64 (`input_datatype`); `max_risk` can be one of `risk_levels`. `features`
-    are the columns of a table, in the order of the input."""
+    """A served model with all that it offers: rows have `input_shape` and are of `input_datatype`, FP32 or, where they are
+    tokens, INT64; `max_risk` can be one of `risk_levels`. `features` are the columns of a table, in the order of the input.
+    """
 
     hierarchy_depth: int
     input_shape: tuple[int, ...]

@@ -62,7 +62,7 @@ def test_weights_lie_once_and_aligned(trained: Trained) -> None:
             elif tensor.data_type == onnx.TensorProto.FLOAT:
                 assert tensor.name == "no_logits" or not tensor.dims, f"{tensor.name} is a weight inside {file.name}"
     assert sum(length for _, length in places.values()) >= 0.95 * 4 * trained.manifest.offered[Tree(3).full].parameters
-    spans = sorted(places.values())
+    spans = sorted(set(places.values()))  # equal weights lie once
     assert all(a + length <= b for (a, length), (b, _) in pairwise(spans))
     assert (trained.bundle / "weights.bin").stat().st_size == spans[-1][0] + spans[-1][1]
 
