@@ -57,7 +57,7 @@ def plot_use(tree: algebra.Tree, climb: Climb, name: str, file: Path) -> None:
 def plot_accuracy(assessment: Assessment, name: str, file: Path) -> None:
     """Test accuracy over depth and over FLOPs: a dot for each path, a line through the best of each depth, the Pareto front
     filled."""
-    figure, (by_depth, by_flops) = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
+    figure, (by_depth, by_flops) = plt.subplots(1, 2, figsize=(13, 4.4), sharey=True)
     metrics = assessment.paths
     best = best_by_depth(assessment.tree, {path: result.validation.accuracy for path, result in metrics.items()})
     for axes, cost in (
@@ -76,7 +76,7 @@ def plot_accuracy(assessment: Assessment, name: str, file: Path) -> None:
     by_depth.xaxis.get_major_locator().set_params(integer=True)
     by_depth.set(xlabel="depth (blocks run)", ylabel="test accuracy, %")
     by_flops.set(xlabel="FLOPs of one row, millions", xlim=(0, None))
-    by_depth.legend(frameon=False, loc="upper center", bbox_to_anchor=(1.02, -0.13), ncols=3)
+    by_flops.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{name}: every path")
     write_figure(figure, file)
 
