@@ -10,13 +10,14 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.answers import Answer
+from service.keyring import Key
 from service.logs import ACCESS_LOGGER, request_id
 from service.responses import error_response, on_unknown_error
 
@@ -45,8 +46,8 @@ class Access:
             return
         state: dict[str, Any] = scope.setdefault("state", {})
         state["arrived_s"] = time.monotonic()
-        own = _sane_id(scope["headers"]) or secrets.token_hex(16).encode()
-        state["request_id"] = own.decode()
+        state["request_id"] = id_of(next((value for name, value in scope["headers"] if name == _HEADER), None))
+        own = state["request_id"].encode()
         token = request_id.set(state["request_id"])
         try:
             if self._log and "internal" not in state:
@@ -97,7 +98,10 @@ class Access:
         try:
             await self._answer(scope, counted_receive, counted_send, own)
         finally:
-            logger.info("", extra=_line(scope) | {"status": status, "bytes_in": bytes_in, "bytes_out": bytes_out})
+            route = getattr(scope.get("route"), "path", None)  # the template: what is asked for may be anything
+            model = scope.get("path_params", {}).get("model")
+            found = {"model": model, "status": status, "bytes_in": bytes_in, "bytes_out": bytes_out}
+            log_request(scope["state"] | found, scope["method"], route)
 
 
 def note_answer(request: Request, answer: Answer, *, deadline_met: bool | None) -> None:
@@ -105,27 +109,31 @@ def note_answer(request: Request, answer: Answer, *, deadline_met: bool | None) 
     request.scope["state"].update(answer=answer, deadline_met=deadline_met)
 
 
-def _line(scope: Scope) -> dict[str, Any]:
-    state, route = scope["state"], scope.get("route")
+def id_of(given: bytes | None) -> str:
+    """The id of a request whose client has `given` one: that, if it is sane, else a new one."""
+    return given.decode() if given is not None and _SANE.fullmatch(given) else secrets.token_hex(16)
+
+
+def log_request(state: Mapping[str, Any], method: str | None, route: str | None) -> None:
+    """Write a line of the access log, by whatever protocol the request came. Its `state` has its `request_id` and when it
+    arrived, and what was found out meanwhile: `model`, `key`, `answer`, `deadline_met`, `status`, `bytes_in`, `bytes_out`.
+    """
     answer: Answer | None = state.get("answer")
     rows = answer.rows if answer is not None else ()
-    key = state.get("key")
-    model = scope.get("path_params", {}).get("model")
-    return {
+    key: Key | None = state.get("key")
+    model = state.get("model")
+    line = {
         "request_id": state["request_id"],
-        "method": scope["method"],
-        "route": getattr(route, "path", None),  # the template: what is asked for may be anything
+        "method": method,
+        "route": route,
         "duration_ms": round((time.monotonic() - state["arrived_s"]) * 1000, 3),
         "model": model[:80] if isinstance(model, str) else None,
         "depth": max((len(row.path) for row in rows), default=None),
         "stopped_by": ",".join(sorted({row.stopped_by for row in rows if row.stopped_by})) or None,
         "deadline_met": state.get("deadline_met"),
         "key": key.name if key is not None else None,
+        "status": state.get("status"),
+        "bytes_in": state.get("bytes_in"),
+        "bytes_out": state.get("bytes_out"),
     }
-
-
-def _sane_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-    for name, value in headers:
-        if name == _HEADER:
-            return value if _SANE.fullmatch(value) else None
-    return None
+    logger.info("", extra=line)

@@ -20,7 +20,7 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import plan, predict, routes
+from service import plan, predict, raw, routes
 from service.access import Access
 from service.context import Context
 from service.description import complete
@@ -33,13 +33,11 @@ from service.oip import infer as oip_infer
 from service.oip import routes as oip_routes
 from service.oip.rpc.port import check_grpc, open_rpc
 from service.pauses import watch_pauses
-from service.raw import RawRoute
 from service.reload import watch_repository
 from service.repository import Repository, ServedModel, open_repository
 from service.responses import on_http_exception, on_service_error, on_validation_error
 from service.settings import Settings
 from service.tracing import open_tracer
-from service.versions import model_urls
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +106,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     )
     app.state.context = context
     app.state.metrics = metrics
-    app.router.routes.extend(map(RawRoute, model_urls("/v1")))  # before the routes of the same URLs
+    app.router.routes.extend((*raw.direct_routes, *oip_infer.direct_routes))  # before the routes of the same URLs
     # Tried in order: first those that answer.
     for router in (predict.router, predict.stream_router, oip_infer.router):
         app.include_router(router)

@@ -11,6 +11,7 @@ from fastapi import Request
 
 from service.answers import Answer
 from service.context import Context
+from service.logs import request_id
 from service.metrics import Metrics
 from service.policy.wish import Wish, resolve_wish
 from service.repository import ServedModel
@@ -135,6 +136,8 @@ def trace_rpc(
         "rpc.method": name,
         "rpc.grpc.status_code": status_code,
         "hbll.model": call.served.name,
+        "hbll.request_id": request_id.get() or "",
+        "hbll.version": call.served.version,
     }
     whole = Timed(method, call.arrived_s, call.arrived_s + call.total_s, attributes)
     ctx.tracer.export(whole, spans, traceparent)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from service.access import HEADER
+from service.errors import ServiceError, UnknownService
 from service.keys import OPEN_PATHS
 
 _SCHEMES = {
@@ -34,6 +35,13 @@ _BY_STATUS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-Aft
 
 _ERROR = {"$ref": "#/components/schemas/Error"}
 
+_BY_FRAMEWORK = {
+    "404": {"not_found": "There is nothing at this URL."},
+    "405": {"method_not_allowed": "Nothing takes this method at this URL."},
+    "500": {"internal": "A bug; the server's log has the cause."},
+}
+"""Codes that are no error of ours, by status: see `service.responses`."""
+
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:
     """Add them to an OpenAPI document, in place."""
@@ -46,9 +54,14 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
             for status, response in operation["responses"].items():
                 response["headers"] = _headers(status)
                 if {"schema": _ERROR} in response.get("content", {}).values():
-                    response["content"] = {"application/json": {"schema": _ERROR}}  # also where answers are plain text
+                    response["content"] = _error_content(status)  # also where answers are plain text
                     assert errors.setdefault(status, response) == response, "a status means the same everywhere"
                     operation["responses"][status] = {"$ref": f"#/components/responses/{status}"}
+    errors["405"] = {  # of no operation: it is what there is instead of one
+        "description": "No such method here",
+        "content": _error_content("405"),
+        "headers": _headers("405") | {"Allow": {"description": "the methods that are", "schema": {"type": "string"}}},
+    }
     document.setdefault("components", {}).update(
         responses=dict(sorted(errors.items())),
         headers=_HEADERS,
@@ -61,3 +74,15 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
 def _headers(status: str) -> dict[str, Any]:
     names = (HEADER, *([_BY_STATUS[status]] if status in _BY_STATUS else []))
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _error_content(status: str) -> dict[str, Any]:
+    """The body of an error, with an example for each code that this status can have."""
+    ours = [each for each in _all_errors() if str(each.status) == status and each is not UnknownService]  # gRPC's alone
+    codes = {each.code: " ".join((each.__doc__ or "").split()) for each in ours} | _BY_FRAMEWORK.get(status, {})
+    examples = {code: {"value": {"error": about, "code": code}} for code, about in sorted(codes.items())}
+    return {"application/json": {"schema": _ERROR, "examples": examples}}
+
+
+def _all_errors(kind: type[ServiceError] = ServiceError) -> list[type[ServiceError]]:
+    return [each for child in kind.__subclasses__() for each in (child, *_all_errors(child))]

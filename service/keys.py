@@ -56,22 +56,38 @@ class Keys:
     def check(self, token: str | None) -> Key:
         """The key of `token`, whose request is counted against its rate. From any thread.
 
+        Raises:
+            Unauthorized, RateLimited: see `known` and `count`.
+        """
+        key = self.known(token)
+        self.count(key)
+        return key
+
+    def known(self, token: str | None) -> Key:
+        """The key of `token`.
+
         All keys are compared, in constant time each, whichever is the one: how long it takes tells nothing.
 
         Raises:
             Unauthorized: there is no token, or no key has it.
-            RateLimited: the key has had its share of requests for now.
         """
         if token is None:
             raise Unauthorized("expected an API key, as Authorization: Bearer KEY or as X-API-Key, got none")
         key = find_key(self._keys, digest_of(token))
         if key is None:
             raise Unauthorized("this API key is not known here")
+        return key
+
+    def count(self, key: Key) -> None:
+        """Count a request against the rate of `key`.
+
+        Raises:
+            RateLimited: it has had its share of requests for now.
+        """
         if key.rate is not None and not self._limiter.hit(key.rate, key.name):
             resets_s, _ = self._limiter.get_window_stats(key.rate, key.name)
             wait_s = max(1, math.ceil(resets_s - time.time()))
             raise RateLimited(f"the API key {key.name!r} may ask {key.rate}: ask again in {wait_s} s", wait_s)
-        return key
 
     def refresh(self) -> None:
         """Read the file again if it has changed. One that is broken or gone leaves the keys as they were."""
@@ -130,7 +146,9 @@ class KeyCheck:
         """See the ASGI specification."""
         if scope["type"] == "http" and scope["path"] not in self._open_paths and "internal" not in scope["state"]:
             try:
-                scope["state"]["key"] = self._keys.check(_token(scope["headers"]))
+                # Before routing, so that who has no key costs little; the access log then knows no route.
+                key = scope["state"]["key"] = self._keys.known(_token(scope["headers"]))
+                self._keys.count(key)
             except ServiceError as error:
                 await error_response(error, scope)(scope, receive, send)
                 return

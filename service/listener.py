@@ -1,8 +1,8 @@
 """What stands between the socket and the app: uvicorn, set up as the settings say, and its connections, bounded.
 
 uvicorn's parser bounds neither a request's headers nor how long they take, and answers what it cannot parse in plain text.
-Whether a request is to be refused is noted in its scope where that is possible, so that the refusal is counted and logged
-with all others: `service.access` answers it.
+Whether a request is to be refused is noted in its scope where that is possible: `service.access` answers it as all others.
+Before there is a scope the answer is made here, and counted and logged by `service.access` as well.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import asyncio
 import json
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.access import HEADER, id_of, log_request
 from service.errors import HeadersTooLarge, MalformedRequest, RequestTimeout, ServiceError, TooManyConnections
+from service.metrics import Metrics
 from service.settings import Settings
 
 
@@ -26,7 +29,7 @@ class BadCertificate(Exception):
     """The certificate, its key or the authorities cannot be loaded."""
 
 
-def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """The configuration of the server, loaded.
 
     Raises:
@@ -36,7 +39,7 @@ def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        http=bounded_connection(settings),
+        http=bounded_connection(settings, app.state.metrics),
         ws="none",
         workers=1,
         access_log=False,  # `service.access` writes it
@@ -49,6 +52,7 @@ def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
     )
     try:
+        _check_password(settings)
         config.load()
     except OSError as exc:  # ssl.SSLError is one
         raise BadCertificate(
@@ -56,6 +60,13 @@ def server_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
             f"key's password if it has one: {exc}"
         ) from exc
     return config
+
+
+def _check_password(settings: Settings) -> None:
+    """Refuse an encrypted key without its password: OpenSSL would ask for it on the terminal, and wait."""
+    file = settings.tls_key or settings.tls_cert
+    if file is not None and settings.key_password is None and b"ENCRYPTED" in file.read_bytes():
+        raise BadCertificate(f"the TLS key {file} is encrypted: expected its password by tls_key_password or its file")
 
 
 class Server(uvicorn.Server):
@@ -70,13 +81,15 @@ class Server(uvicorn.Server):
         await asyncio.gather(self._drain(), super().shutdown(sockets))
 
 
-def bounded_connection(settings: Settings) -> type[BoundedConnection]:
-    """The class of connections with these limits: uvicorn makes the instances."""
+def bounded_connection(settings: Settings, counted: Metrics) -> type[BoundedConnection]:
+    """The class of connections with these limits, whose refusals are `counted`: uvicorn makes the instances."""
 
     class Connection(BoundedConnection):
         max_header_bytes = settings.max_header_bytes
         max_connections = settings.max_connections
         header_timeout_s = settings.header_timeout_s
+        metrics = counted
+        log = settings.access_log
 
     return Connection
 
@@ -88,12 +101,15 @@ class BoundedConnection(HttpToolsProtocol):
     max_header_bytes: ClassVar[int]
     max_connections: ClassVar[int]
     header_timeout_s: ClassVar[float]
+    metrics: ClassVar[Metrics]
+    log: ClassVar[bool]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol. Who connects and sends nothing has as long as for headers."""
         super().connection_made(transport)
         self._in_head = True
         self._unparsed_bytes = 0  # since the last request
+        self._began_s = 0.0  # when the first of them came
         self._late: asyncio.TimerHandle | None = self.loop.call_later(self.header_timeout_s, self._on_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -103,6 +119,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol. At most one read, 256 KB, is parsed beyond the limit."""
+        if not self._unparsed_bytes:
+            self._began_s = time.monotonic()
         self._unparsed_bytes += len(data)
         super().data_received(data)
         if not self._in_head or self.transport.is_closing():
@@ -148,11 +166,18 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer without the app, which has no request yet, and close."""
+        """Answer without the app, which has no request yet, and close. A client's own id may not have been read, so it gets
+        one."""
+        own = id_of(None)
         body = json.dumps({"error": str(error), "code": error.code}).encode()
-        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[error.status] + head + body)
+        head = f"content-type: application/json\r\n{HEADER.lower()}: {own}\r\nconnection: close\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
+        self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
         self.transport.close()
+        self.metrics.refusals.labels(error.code).inc()
+        if self.log:
+            known = {"request_id": own, "arrived_s": self._began_s, "status": error.status}
+            log_request(known | {"bytes_in": self._unparsed_bytes, "bytes_out": len(body)}, None, None)
 
     def _stop_waiting(self) -> None:
         if self._late is not None:

@@ -7,24 +7,21 @@ import math
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match, Route
-from starlette.types import Scope
 
 from family.manifest import Manifest
 from service.call import open_call
 from service.context import context_of
 from service.errors import InvalidInput
 from service.inputs import check_rows
-from service.media import OCTETS
+from service.media import OCTETS, DirectRoute
 from service.predict import answer_call
 from service.runtime import Rows
-from service.versions import served_model
+from service.versions import model_urls, served_model
 from service.wishes import with_headers, with_query
 
 
 async def predict_raw(request: Request) -> Response:
-    """As `service.predict.predict`, for a raw body. It does without FastAPI's dependencies, which take as long as all
-    else together."""
+    """As `service.predict.predict`, for a raw body."""
     ctx = context_of(request)
     served = served_model(request)
     wishes = with_headers(with_query(request.scope["query_string"]), request.scope["headers"])
@@ -34,19 +31,8 @@ async def predict_raw(request: Request) -> Response:
     return await answer_call(request, ctx, call, x, probabilities=wishes.probabilities)
 
 
-class RawRoute(Route):
-    """Takes raw bodies to the URL of JSON bodies; requests with other content types are left to the routes after it."""
-
-    def __init__(self, model_url: str) -> None:
-        super().__init__(f"{model_url}/predict", predict_raw, methods=["POST"], include_in_schema=False)
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """See Starlette."""
-        for name, value in scope.get("headers", ()):
-            if name == b"content-type" and value.partition(b";")[0].strip().lower() == OCTETS.encode():
-                match, child_scope = super().matches(scope)
-                return match, {**child_scope, "route": self}  # as FastAPI's routes do, for traces
-        return Match.NONE, {}
+direct_routes = [DirectRoute(f"{url}/predict", predict_raw, OCTETS) for url in model_urls("/v1")]
+"""At the URLs of JSON bodies."""
 
 
 def _read(body: bytes, manifest: Manifest, max_rows: int) -> Rows:

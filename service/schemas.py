@@ -144,6 +144,33 @@ class Risk(_Schema):
 class PredictResponse(_Schema):
     """The answers in the order of the inputs."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "digits",
+                    "version": 2,
+                    "predictions": [
+                        {
+                            "label": "6",
+                            "confidence": 0.998,
+                            "depth": 5,
+                            "path": "1-2-4-6-7",
+                            "stopped_by": "complete",
+                            "certified": None,
+                            "probabilities": None,
+                        }
+                    ],
+                    "deadline_met": True,
+                    "risk": None,
+                    "queue_ms": 0.6,
+                    "compute_ms": 0.3,
+                    "total_ms": 1.1,
+                }
+            ]
+        }
+    )
+
     model: str
     version: int
     predictions: list[Prediction]

@@ -98,6 +98,13 @@ def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         live.stop()
 
 
+def free_port() -> int:
+    """One that nobody listens at just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start_server(
     models: Path,
     folder: Path,
@@ -106,9 +113,7 @@ def start_server(
     trust: ssl.SSLContext | None = None,
 ) -> LiveServer:
     """Start `hbll serve` on a free port and wait until it says that it is ready (or live); by TLS if there is `trust`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = folder / "server.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HBLL_")}
     command = [sys.executable, "-m", "hbll", "serve", str(models), "--port", str(port)]

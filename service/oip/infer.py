@@ -12,13 +12,13 @@ from service.call import count_answered, count_failed, learn_send, trace
 from service.context import context_of, errors
 from service.encodings import accepted_coding
 from service.errors import ServiceError
-from service.media import JSON, OCTETS, reading
+from service.media import JSON, OCTETS, DirectRoute, reading
 from service.oip.inference import describe_answer, open_inference
 from service.oip.schemas import InferenceParameters, InferenceRequest, InferenceResponse
 from service.oip.tensors import read_values
 from service.oip.wire import HEADER_LENGTH, read_request, write_response
 from service.presence import while_connected
-from service.versions import for_models, served_model
+from service.versions import for_models, model_urls, served_model
 from service.wishes import HEADER_PARAMETERS
 
 router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS, unnamed=True))
@@ -84,7 +84,6 @@ _DESCRIBED = {
 )
 async def infer(request: Request) -> Response:
     """Answer each row at the depth that the wishes and the budget allow."""
-    # The body and the dependencies are read by hand: FastAPI's ways would cost as much as all the rest here.
     ctx, served = context_of(request), served_model(request)
     manifest = served.manifest
     message, binary = read_request(await request.body(), request.headers.get(HEADER_LENGTH), manifest)
@@ -113,3 +112,6 @@ async def infer(request: Request) -> Response:
         del header["id"]
     coding = accepted_coding(request.headers.get("accept-encoding", ""))
     return write_response(header, inference.wanted, answer.rows, manifest, coding)
+
+
+direct_routes = [DirectRoute(f"{url}/infer", infer, JSON, OCTETS, unnamed=True) for url in model_urls("/v2")]

@@ -58,7 +58,7 @@ def open_inference(
         binary = parameters.binary_data_output
     wanted = require_outputs(message.outputs, binary)
     tensor = require_input(message.inputs, served.manifest, ctx.settings.max_request_rows)
-    wishes = parameters.model_copy(update={"latency_budget_ms": parameters.budget_ms})
+    wishes = parameters.model_copy(update={"latency_budget_ms": parameters.budget_ms}) if parameters.timeout else parameters
     rows, priority = tensor.shape[0], parameters.priority
     call = open_call(ctx, served, wishes, rows, arrived_s, climb=climb, priority=priority, at_most_ms=at_most_ms)
     return Inference(call, as_rows(read_values(tensor), tensor, served.manifest), wanted)

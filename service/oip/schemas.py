@@ -114,6 +114,23 @@ class ResponseParameters(_Object):
 class InferenceResponse(_Object):
     """The answer, a row for each row of the input."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model_name": "digits",
+                    "model_version": "2",
+                    "id": "42",
+                    "parameters": {"depth": 2, "deadline_met": True, "queue_ms": 0.6, "compute_ms": 0.3, "total_ms": 1.1},
+                    "outputs": [
+                        {"name": "label", "datatype": "BYTES", "shape": [1], "data": ["6"]},
+                        {"name": "confidence", "datatype": "FP32", "shape": [1], "data": [0.998]},
+                    ],
+                }
+            ]
+        }
+    )
+
     model_name: str
     model_version: str
     id: str | None = Field(None, description="the request's, if it had one")

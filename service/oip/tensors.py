@@ -41,7 +41,8 @@ Values = NDArray[Any] | list[str]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor that can be asked for: `values(rows, manifest)` is an array `(rows, *row_shape)` or a string per row."""
+    """A tensor that can be asked for: `values(rows, manifest)` is an array `(rows, *row_shape)`, little-endian, or a string
+    per row."""
 
     name: str
     datatype: str
@@ -56,8 +57,8 @@ class Output:
 OUTPUTS: Mapping[str, Output] = {
     output.name: output
     for output in (
-        Output("probabilities", "FP32", True, lambda rows, _: np.stack([row.probabilities for row in rows])),
-        Output("logits", "FP32", True, lambda rows, _: np.stack([row.logits for row in rows])),
+        Output("probabilities", "FP32", True, lambda rows, _: np.array([row.probabilities for row in rows], "<f4")),
+        Output("logits", "FP32", True, lambda rows, _: np.array([row.logits for row in rows], "<f4")),
         Output("label", "BYTES", False, lambda rows, manifest: [manifest.labels[row.label] for row in rows]),
         Output("confidence", "FP32", False, lambda rows, _: np.array([row.confidence for row in rows], "<f4")),
         Output("depth", "INT64", False, lambda rows, _: np.array([len(row.path) for row in rows], "<i8")),
@@ -217,6 +218,6 @@ def describe_output(
         encoded = [value.encode() for value in values]
         part = b"".join(struct.pack("<I", len(each)) + each for each in encoded)
     else:
-        part = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+        part = values.tobytes()
     described["parameters"] = {"binary_data_size": len(part)}
     return described, part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import Iterator
 
@@ -12,8 +13,12 @@ import pytest
 from fastapi import FastAPI
 
 from service.app import create_app
+from service.logs import ACCESS_LOGGER
 from service.settings import Settings
 from tests.conftest import Trained
+
+_PATIENCE_S = 180
+"""A start measures the models, which a machine that others use as well may take a minute for."""
 
 
 class Client:
@@ -25,7 +30,11 @@ class Client:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         self._lifespan = app.router.lifespan_context(app)
-        self._call(self._start())
+        try:
+            self._call(self._start())
+        except BaseException:
+            self._end_loop()  # else the thread would outlive the tests
+            raise
         self.rpc = app.state.rpc and f"127.0.0.1:{app.state.rpc.port}"
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         self._http = httpx.AsyncClient(transport=transport, base_url="http://test")
@@ -44,6 +53,9 @@ class Client:
     def close(self) -> None:
         self._call(self._http.aclose())
         self._call(self._lifespan.__aexit__(None, None, None))
+        self._end_loop()
+
+    def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -54,7 +66,11 @@ class Client:
             await asyncio.sleep(0.01)
 
     def _call(self, coroutine: object) -> object:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)  # type: ignore[arg-type]
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)  # type: ignore[arg-type]
+        try:
+            return future.result(timeout=_PATIENCE_S)
+        except TimeoutError:
+            raise AssertionError(f"the app has not done within {_PATIENCE_S} s what it was asked to") from None
 
 
 @pytest.fixture(scope="package")
@@ -67,3 +83,24 @@ def client(settings: Settings) -> Iterator[Client]:
     client = Client(create_app(settings))
     yield client
     client.close()
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture
+def lines() -> Iterator[list[logging.LogRecord]]:
+    """Of the access log."""
+    handler, logger = _Lines(), logging.getLogger(ACCESS_LOGGER)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler.records
+    logger.removeHandler(handler)
+    logger.setLevel(level)

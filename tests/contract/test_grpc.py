@@ -297,7 +297,8 @@ def test_a_server_that_is_not_warm_says_so() -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 stub.ModelInfer(message)
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-            assert ("retry-after", "1") in [tuple(each) for each in caught.value.trailing_metadata()]
+            metadata = dict(caught.value.trailing_metadata())
+            assert (metadata["code"], metadata["retry-after"]) == ("not_ready", "1")
     finally:
         client.close()
 

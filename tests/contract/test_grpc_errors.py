@@ -15,6 +15,7 @@ from tests.contract.conftest import Client
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
+UNKNOWN_CALL = grpc.StatusCode.UNIMPLEMENTED
 PIXELS = np.full(784, 0.5, np.float32)
 NAN, INFINITE = (np.where(np.arange(784) == 7, value, PIXELS).astype(np.float32) for value in (np.nan, np.inf))
 
@@ -261,8 +262,8 @@ CASES: dict[str, Case] = {
         grpc.StatusCode.UNIMPLEMENTED,
         "not_supported",
     ),
-    "no such call": other("ModelExplain", b"", "Method not found", grpc.StatusCode.UNIMPLEMENTED, None),
-    "no such service": Case(b"", "Method not found", grpc.StatusCode.UNIMPLEMENTED, None, method="/inference.Other/A"),
+    "no such call": other("ModelExplain", b"", "there is no such call here", UNKNOWN_CALL, "not_supported"),
+    "no such service": Case(b"", "there is no such call here", UNKNOWN_CALL, "not_supported", method="/inference.Other/A"),
     # By the library, before there is a message
     "too long": Case(bytes(400_001), "message larger than max", grpc.StatusCode.RESOURCE_EXHAUSTED, None),
 }

@@ -14,7 +14,6 @@ import pytest
 from service.app import create_app
 from service.keyring import add_key
 from service.keys import OPEN_PATHS
-from service.logs import ACCESS_LOGGER
 from service.settings import Settings
 from tests.conftest import Trained
 from tests.contract.conftest import Client
@@ -147,26 +146,6 @@ def test_every_answer_has_a_request_id(client: Client, guarded: Guarded, monkeyp
     answers.append(client.request("POST", PREDICT, json={"inputs": [IMAGE]}, headers=json_header))
     assert (answers[-1].status_code, answers[-1].json()["code"]) == (500, "internal")
     assert [answer.headers.get_list("x-request-id") for answer in answers] == [["mine"]] * len(answers)
-
-
-class _Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
-@pytest.fixture
-def lines() -> Iterator[list[logging.LogRecord]]:
-    handler, logger = _Lines(), logging.getLogger(ACCESS_LOGGER)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield handler.records
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 def test_the_access_log_tells_who_asked_what_and_what_came_of_it(guarded: Guarded, lines: list[logging.LogRecord]) -> None:

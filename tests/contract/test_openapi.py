@@ -2,8 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
+from pydantic import BaseModel
 
+from service import schemas
+from service.oip import schemas as oip_schemas
 from service.openapi import contract
 from tests.contract.conftest import Client
 
@@ -26,3 +30,35 @@ def test_every_error_has_the_one_shape() -> None:
                 assert response == {"$ref": f"#/components/responses/{status}"}, f"{method} {path} {status}"
     for response in document["components"]["responses"].values():
         assert response["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
+
+
+@pytest.mark.parametrize(
+    "kind", [schemas.PredictRequest, schemas.PredictResponse, oip_schemas.InferenceRequest, oip_schemas.InferenceResponse]
+)
+def test_examples_are_what_they_are_examples_of(kind: type[BaseModel]) -> None:
+    examples = kind.model_json_schema()["examples"]
+    assert examples
+    for example in examples:
+        assert set(kind.model_validate(example).model_dump(exclude_unset=True)) == set(example)
+
+
+def test_every_code_of_an_error_is_told_by_status() -> None:
+    responses = yaml.safe_load(FILE.read_text(encoding="utf-8"))["components"]["responses"]
+    told = {status: set(each["content"]["application/json"]["examples"]) for status, each in responses.items()}
+    assert told == {
+        "400": {"bad_request", "malformed_input", "malformed_request"},
+        "401": {"unauthorized"},
+        "403": {"forbidden"},
+        "404": {"not_found", "unknown_model", "unknown_version"},
+        "405": {"method_not_allowed"},
+        "408": {"request_timeout"},
+        "413": {"body_too_large"},
+        "415": {"unsupported_media_type"},
+        "422": {"invalid_input", "not_offered"},
+        "429": {"queue_full", "rate_limited"},
+        "431": {"headers_too_large"},
+        "500": {"inference_failed", "internal"},
+        "501": {"not_supported"},
+        "503": {"not_ready", "too_many_connections"},
+        "504": {"deadline_expired", "deadline_infeasible"},
+    }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.conftest import LiveServer, Trained
+from tests.conftest import LiveServer, Trained, free_port
 from tests.docs.page import Block, read_blocks, run_page
 from training.dataset import Dataset
 
@@ -23,6 +24,14 @@ def test_every_block_of_a_page_runs(
     image.save(tmp_path / "runs" / "digits" / "sample.png")
     monkeypatch.chdir(tmp_path)
     assert run_page(DOCS / name, tmp_path, {"localhost:8000": server.url.removeprefix("http://")}) > 0
+
+
+@pytest.mark.parametrize("name", ["secure.md", "serve.md", "settings.md"])
+def test_every_block_of_a_page_with_a_server_of_its_own_runs(name: str, trained: Trained, tmp_path: Path) -> None:
+    for folder in ("models/digits/1", "models/digits/2", "models/letters/1", "exported"):
+        shutil.copytree(trained.bundle, tmp_path / folder)
+    ports = {"8000": str(free_port()), "8443": str(free_port())}
+    assert run_page(DOCS / name, tmp_path, {"hbll serve": "hbll serve --port 8000"} | ports) > 0
 
 
 def test_every_block_of_the_page_about_export_runs(

@@ -120,6 +120,7 @@ BOUNDS = {
     "HBLL_HEADER_TIMEOUT_S": "1",
     "HBLL_BODY_TIMEOUT_S": "1",
     "HBLL_MAX_CONNECTIONS": "3",
+    "HBLL_ACCESS_LOG": "true",
 }
 
 
@@ -237,6 +238,29 @@ def test_what_is_no_http_gets_the_error_shape_too(bounded: LiveServer, garbage: 
     assert (answer.status, answer.content["code"]) == (400, "malformed_request")
     assert answer.headers["content-type"] == "application/json"
     assert httpx.get(f"{bounded.url}/health/live").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"hello\r\n\r\n", 400, "malformed_request"),
+        (HEAD + b"X-Long: " + b"x" * 5000, 431, "headers_too_large"),
+        (HEAD, 408, "request_timeout"),
+    ],
+)
+def test_what_is_refused_before_it_is_whole_is_counted_and_logged(
+    bounded: LiveServer, sent: bytes, status: int, code: str
+) -> None:
+    def count() -> float:
+        text = httpx.get(f"{bounded.url}/metrics").text.splitlines()
+        return sum(float(line.split()[1]) for line in text if line.startswith(f'hbll_refusals_total{{code="{code}"}}'))
+
+    before = count()
+    own = talk(bounded, sent).headers["x-request-id"]
+    assert count() == before + 1
+    (line,) = (json.loads(line) for line in bounded.log.read_text().splitlines() if own in line)
+    assert (line["status"], line["route"], line["method"], line["bytes_in"]) == (status, None, None, len(sent))
+    assert 0 <= line["duration_ms"] < 60_000
 
 
 def test_a_certificate_that_cannot_be_used_stops_start_up(trained: Trained, tmp_path: Path) -> None:

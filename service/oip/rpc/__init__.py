@@ -3,6 +3,7 @@ process, event loop and engine. Needs the extra `grpc`; only modules in here kno
 
     port.py        whether gRPC is wanted and can be had
     server.py      the port: limits, start, drain
+    access.py      request ids and the access log
     callers.py     who may call
     names.py       the services' names
     service.py     the RPCs

@@ -16,6 +16,7 @@ from service.call import Call, count_answered, count_failed, learn_send, trace_r
 from service.context import Context, milliseconds
 from service.errors import BadRequest, ClientGone, InvalidInput, ServiceError
 from service.oip.inference import Inference, describe_answer, open_inference
+from service.oip.rpc.access import note
 from service.oip.rpc.messages import read_request, values_of, write_response
 from service.oip.rpc.status import status_of
 from service.oip.rpc.stubs import open_inference_pb2 as pb
@@ -112,8 +113,9 @@ def _open(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival, *, clim
 
 
 def _count(ctx: Context, call: Call, arrival: Arrival, found: Answer) -> dict[str, Any]:
-    """Count and trace a call that ends well, and describe it."""
+    """Count, trace and note a call that ends well, and describe it."""
     total_s = call.total_s
+    note(answer=found, deadline_met=call.deadline_met(total_s))
     count_answered(ctx.metrics, call, total_s)
     _trace(ctx, call, arrival, found.spans, grpc.StatusCode.OK)
     return describe_answer(call, found, total_s)

@@ -4,20 +4,18 @@ call's message is read."""
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, TypeAlias
 
 import grpc
 
 from service.errors import ServiceError
 from service.keys import Keys, check_operator, read_token
 from service.metrics import Metrics
+from service.oip.rpc.access import Handler, note
 from service.oip.rpc.names import HEALTH, INFERENCE
 from service.oip.rpc.status import abort
 
 _OPEN = {f"/{HEALTH}/Check", f"/{INFERENCE}/ServerLive", f"/{INFERENCE}/ServerReady"}
 _OPERATORS = {f"/{INFERENCE}/RepositoryModelLoad", f"/{INFERENCE}/RepositoryModelUnload"}
-
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # generic for mypy alone
 
 
 class KeyCheck(grpc.aio.ServerInterceptor):
@@ -39,7 +37,9 @@ class KeyCheck(grpc.aio.ServerInterceptor):
         if handler is None or method in _OPEN:
             return handler
         try:
-            key = self._keys.check(token_of(handler_call_details.invocation_metadata))
+            key = self._keys.known(token_of(handler_call_details.invocation_metadata))
+            note(key=key)
+            self._keys.count(key)
             if method in _OPERATORS:
                 check_operator(key)
         except ServiceError as error:

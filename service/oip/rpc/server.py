@@ -7,6 +7,7 @@ import logging
 import grpc
 
 from service.context import Context
+from service.oip.rpc.access import Access
 from service.oip.rpc.callers import KeyCheck
 from service.oip.rpc.port import port_error
 from service.oip.rpc.service import Service
@@ -26,14 +27,17 @@ class RpcServer:
 
     Messages are at most `max_body_bytes` long, compressed or not, which is found out before they are read whole. A call for
     answers has a row at least, so more calls at a time than rows may wait would be refused later; they are at once.
-    API keys and TLS are HTTP's.
+    Both refusals are the library's, which knows nothing of our codes, logs and metrics. API keys and TLS are HTTP's.
     """
 
     def __init__(self, ctx: Context) -> None:
         self._settings = ctx.settings
         self._service = Service(ctx)
         self._server = grpc.aio.server(
-            interceptors=[KeyCheck(ctx.keys, ctx.metrics)] if ctx.keys is not None else [],
+            interceptors=[
+                Access(log=ctx.settings.access_log),
+                *([KeyCheck(ctx.keys, ctx.metrics)] if ctx.keys is not None else []),
+            ],
             options=[
                 ("grpc.max_receive_message_length", ctx.settings.max_body_bytes),
                 ("grpc.so_reuseport", 0),  # else two servers share a port and neither knows

@@ -12,8 +12,9 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from service.context import Context
-from service.errors import BadRequest, ServiceError, UnknownService
+from service.errors import BadRequest, NotSupported, ServiceError, UnknownService
 from service.oip import routes
+from service.oip.rpc.access import note_model
 from service.oip.rpc.answering import Arrival, answer
 from service.oip.rpc.messages import parse, told
 from service.oip.rpc.names import HEALTH, INFERENCE
@@ -58,6 +59,7 @@ class Service:
         return (
             grpc.method_handlers_generic_handler(INFERENCE, methods),
             grpc.method_handlers_generic_handler(HEALTH, health),
+            _Everything(grpc.stream_stream_rpc_method_handler(self._unknown)),
         )
 
     def drain(self) -> None:
@@ -83,7 +85,9 @@ class Service:
         self, kind: type[Request], behaviour: Callable[[Request], Awaitable[Message]]
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
         async def work(message: bytes) -> Message:
-            return await behaviour(parse(kind, message))
+            request = parse(kind, message)
+            note_model(request)
+            return await behaviour(request)
 
         async def handle(message: bytes, call: Call) -> bytes:
             return await self._guarded(call, work(message))
@@ -94,12 +98,20 @@ class Service:
         arrival = Arrival.now(f"{INFERENCE}/ModelInfer", call)
 
         async def work() -> Message:
-            return await answer(self._ctx, parse(pb.ModelInferRequest, message), arrival)
+            request = parse(pb.ModelInferRequest, message)
+            note_model(request)
+            return await answer(self._ctx, request, arrival)
 
         return await self._guarded(call, work())
 
     async def _stream(self, _: object, call: Call) -> None:
         await self._guarded(call, serve_stream(self._ctx, f"{INFERENCE}/ModelStreamInfer", call, self._draining))
+
+    async def _unknown(self, _: object, call: Call) -> None:
+        async def work() -> None:
+            raise NotSupported(f"there is no such call here: expected one of {INFERENCE} or {HEALTH}")
+
+        await self._guarded(call, work())
 
     async def _server_live(self, _: pb.ServerLiveRequest) -> Message:
         return pb.ServerLiveResponse(live=True)
@@ -155,3 +167,14 @@ class Service:
         self, request: pb.ModelReadyRequest | pb.ModelMetadataRequest | pb.ModelConfigRequest | pb.ModelStatisticsRequest
     ) -> ServedModel:
         return self._ctx.repository.get(request.name, request.version or None)
+
+
+class _Everything(grpc.GenericRpcHandler):
+    """Takes whatever call the handlers before it do not: of any kind, which a stream of streams can be."""
+
+    def __init__(self, handler: grpc.RpcMethodHandler[bytes, bytes]) -> None:
+        self._handler = handler
+
+    def service(self, _: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """See grpc.GenericRpcHandler."""
+        return self._handler

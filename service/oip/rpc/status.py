@@ -8,7 +8,10 @@ from typing import NoReturn
 
 import grpc
 
+from service.access import HEADER
 from service.errors import ServiceError
+from service.logs import request_id
+from service.oip.rpc.access import note
 from service.responses import sentence
 
 # By HTTP's status, so that an error has one place to be defined: service/errors.py.
@@ -37,11 +40,14 @@ def status_of(error: ServiceError) -> grpc.StatusCode:
 
 
 async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: ServiceError) -> NoReturn:
-    """End a call by an error."""
+    """End a call by an error, which the access log is to know of."""
+    note(status=status_of(error))
     metadata = [("code", error.code)]
     if error.details:
         details = json.dumps(error.details)  # in ASCII, which metadata are
         if len(details) <= _LONGEST_DETAILS:
             metadata.append(("details", details))
     metadata += [(name.lower(), value) for name, value in error.headers.items()]
+    if (own := request_id.get()) is not None:  # metadata that were set before are not sent
+        metadata.append((HEADER.lower(), own))
     await context.abort(status_of(error), sentence(str(error)), tuple(metadata))

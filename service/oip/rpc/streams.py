@@ -11,9 +11,11 @@ import grpc
 
 from service.context import Context
 from service.errors import BadRequest, NotReady, ServiceError
+from service.oip.rpc.access import count_sent, note, note_model, request_of_stream
 from service.oip.rpc.answering import Arrival, answer, answer_rungs
 from service.oip.rpc.callers import token_of
 from service.oip.rpc.messages import parse
+from service.oip.rpc.status import status_of
 from service.oip.rpc.stubs import open_inference_pb2 as pb
 from service.responses import sentence
 
@@ -32,23 +34,35 @@ async def serve_stream(ctx: Context, method: str, stream: Stream, draining: asyn
     """
     first = True
     while (message := await _read(stream, draining)) is not None:
-        arrival = Arrival.now(method, stream)
-        request = pb.ModelInferRequest()
-        try:
-            if ctx.keys is not None and not first:
-                ctx.keys.check(token_of(stream.invocation_metadata() or ()))
-            first = False
-            request = parse(pb.ModelInferRequest, message)
-            async with aclosing(_answers(ctx, request, arrival)) as answers:
-                async for response in answers:
-                    await stream.write(pb.ModelStreamInferResponse(infer_response=response).SerializeToString())
-        except ServiceError as error:
-            ctx.metrics.refusals.labels(error.code).inc()
-            refusal = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
-            refusal.parameters["code"].string_param = error.code
-            refusal.parameters[_FINAL].bool_param = True
-            refused = pb.ModelStreamInferResponse(error_message=sentence(str(error)), infer_response=refusal)
-            await stream.write(refused.SerializeToString())
+        with request_of_stream(len(message)):
+            await _answer(ctx, message, Arrival.now(method, stream), stream, counted=first)
+        first = False
+
+
+async def _answer(ctx: Context, message: bytes, arrival: Arrival, stream: Stream, *, counted: bool) -> None:
+    """Answer a request of a stream, or tell its error; `counted` says whether the key's rate has counted it already."""
+
+    async def write(response: pb.ModelStreamInferResponse) -> None:
+        sent = response.SerializeToString()
+        count_sent(len(sent))
+        await stream.write(sent)
+
+    request = pb.ModelInferRequest()
+    try:
+        if ctx.keys is not None and not counted:
+            ctx.keys.check(token_of(stream.invocation_metadata() or ()))
+        request = parse(pb.ModelInferRequest, message)
+        note_model(request)
+        async with aclosing(_answers(ctx, request, arrival)) as answers:
+            async for response in answers:
+                await write(pb.ModelStreamInferResponse(infer_response=response))
+    except ServiceError as error:
+        ctx.metrics.refusals.labels(error.code).inc()
+        note(status=status_of(error))
+        refusal = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
+        refusal.parameters["code"].string_param = error.code
+        refusal.parameters[_FINAL].bool_param = True
+        await write(pb.ModelStreamInferResponse(error_message=sentence(str(error)), infer_response=refusal))
 
 
 async def _answers(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival) -> AsyncGenerator[pb.ModelInferResponse]:
