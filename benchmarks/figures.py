@@ -25,7 +25,8 @@ from service.profile import Segment
 from service.runtime import Runtime
 from training.checkpoint import load_run_config
 from training.dataset import Split
-from training.plots import ACCENT, INK, QUIET, plot_tree
+from training.diagrams import plot_tree
+from training.plots import ACCENT, INK, QUIET
 from training.sources import load_data_of
 
 IMAGES = FilePath(__file__).parents[1] / "docs" / "images"

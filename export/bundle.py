@@ -7,18 +7,14 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path as FilePath
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.flop_counter import FlopCounterMode
 
-from export.calibrate import fit_temperature, measure
 from export.certify import DELTA, certify, confidences_and_answers, disagreements
-from export.graph import Parts, Placement, export_parts, gated_graph, path_graph, place, without_fused_kernels
+from export.graph import Parts, Placement, export_parts, gated_graph, path_graph, place
 from export.verify import Difference, verify_bundle
 from family.choice import pareto_front, reference_path
 from family.manifest import (
@@ -37,9 +33,11 @@ from family.manifest import (
     file_name,
     sha256_of,
 )
-from family.tree import Cost, Path, Tree, format_path
+from family.tree import Path, Tree, format_path
+from training.calibrate import fit_temperature, measure
 from training.checkpoint import Origin, Progress
 from training.config import RunConfig
+from training.cost import costs
 from training.dataset import Dataset, Split
 from training.evaluate import path_logits
 from training.methods import trained_paths
@@ -109,19 +107,23 @@ def export_bundle(
             format_version=FORMAT_VERSION,
             name=config.name,
             hierarchy_depth=family.tree.hierarchy_depth,
-            input=TensorSpec(name="x", datatype="FP32", shape=(-1, *parts.input_shape)),
+            input=TensorSpec(
+                name="x", datatype="INT64" if data.spec.vocabulary else "FP32", shape=(-1, *parts.input_shape)
+            ),
             state=TensorSpec(name="state", datatype="FP32", shape=(-1, *parts.state_shape)),
             output=TensorSpec(name="logits", datatype="FP32", shape=(-1, parts.classes)),
             labels=data.spec.labels,
             image=data.spec.image,
             features=data.spec.features,
             normalisation=data.spec.normalisation,
+            vocabulary=data.spec.vocabulary,
             paths=entries,
             provenance=_provenance(config, data, progress, origin),
             files={name: sha256_of(temporary / name) for name in names},
         )
-        certificate = _certificate(family, manifest, data.certification)
-        manifest = Manifest.model_validate(manifest.model_dump() | {"certificate": certificate.model_dump()})
+        if len(data.certification):
+            certificate = _certificate(family, manifest, data.certification)
+            manifest = Manifest.model_validate(manifest.model_dump() | {"certificate": certificate.model_dump()})
         advance("certified")
         differences = verify_bundle(temporary, manifest, family, lambda path: advance(f"verified {format_path(path)}"))
         _write(temporary / MANIFEST_FILE, dump_manifest(manifest))
@@ -159,32 +161,6 @@ def choose_paths(tree: Tree, accuracies: dict[Path, float], wish: str) -> tuple[
         if path not in accuracies:
             raise BundleError(f"this run did not train the path {format_path(path)}")
     return tuple(sorted(set(chosen), key=lambda path: (len(path), path)))
-
-
-def costs(family: Family, example: torch.Tensor) -> tuple[Cost, Cost]:
-    """FLOPs of one row (matrix products and convolutions, a multiply-add counts two) and parameters, by part.
-
-    `example` is one row, `(1, *input_shape) float32`.
-    """
-    with torch.no_grad(), without_fused_kernels():
-        state = family.embed(example)
-        flops = Cost(
-            _flops(partial(family.embed, example)),
-            {node: _flops(partial(family.blocks.at, node, state)) for node in family.tree.nodes},
-            _flops(partial(family.head, state)),
-        )
-        sizes = {node: _size(family.blocks.module(node)) for node in family.tree.nodes}
-    return flops, Cost(_size(family.embed), sizes, _size(family.head))
-
-
-def _size(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _flops(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
 
 
 def _write_graphs(

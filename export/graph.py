@@ -5,6 +5,7 @@ Both forms name the same weights, which lie once, outside of the graphs, in one 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import warnings
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from family.manifest import WEIGHTS_FILE, BundleError
 from family.tree import Path
+from training.cost import without_fused_kernels
 from training.model import Family
 from training.shapes import shapes_of
 
@@ -55,11 +57,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A family in pieces, with the shapes of its values without the batch axis."""
+    """A family in pieces, with the shapes of its values without the batch axis; `x` is of the ONNX type `input_type`."""
 
     embed: Part
     blocks: dict[int, Part]
     head: Part
+    input_type: int
     input_shape: tuple[int, ...]
     state_shape: tuple[int, ...]
     classes: int
@@ -80,13 +83,18 @@ class Placement:
 
 
 def place(initializers: dict[str, NDArray[np.generic]]) -> Placement:
-    """Lay all weights out in one file, each at an aligned offset. Shapes and scalars stay inside the graphs, where
-    runtimes fold them."""
-    offsets, end = {}, 0
+    """Lay all weights out in one file, each at an aligned offset, equal ones once (a constant that all blocks have, such
+    as a causal mask). Shapes and scalars stay inside the graphs, where runtimes fold them."""
+    offsets: dict[str, int] = {}
+    placed: dict[bytes, int] = {}
+    end = 0
     for name, tensor in initializers.items():
         if tensor.ndim > 0 and np.issubdtype(tensor.dtype, np.floating):
-            offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
-            end = offsets[name] + tensor.nbytes
+            content = hashlib.sha256(tensor.tobytes()).digest()
+            if content not in placed:
+                placed[content] = -(-end // ALIGNMENT) * ALIGNMENT
+                end = placed[content] + tensor.nbytes
+            offsets[name] = placed[content]
     return Placement(offsets, end)
 
 
@@ -111,7 +119,8 @@ def export_parts(family: Family, example: Tensor, advance: Callable[[str], None]
         advance(f"block {node}")
     head = _export(family.head, state, "head")
     advance("head")
-    return Parts(embed, blocks, head, shapes.input, shapes.state, shapes.classes)
+    input_type = TensorProto.FLOAT if example.is_floating_point() else TensorProto.INT64
+    return Parts(embed, blocks, head, input_type, shapes.input, shapes.state, shapes.classes)
 
 
 def path_graph(parts: Parts, path: Path, placement: Placement) -> ModelProto:
@@ -119,7 +128,7 @@ def path_graph(parts: Parts, path: Path, placement: Placement) -> ModelProto:
     chain = [parts.embed, *(parts.blocks[node] for node in path), parts.head]
     values = ["x", *(f"state{index}" for index in range(len(path) + 1)), "logits"]
     nodes = [node for part, a, b in zip(chain, values, values[1:], strict=False) for node in part.connect(a, b)]
-    inputs = [_value("x", ("batch", *parts.input_shape))]
+    inputs = [_value("x", ("batch", *parts.input_shape), parts.input_type)]
     outputs = [_value("logits", ("batch", parts.classes))]
     used = {name for node in nodes for name in node.input}
     tensors = {name: tensor for name, tensor in parts.initializers.items() if name in used}
@@ -155,7 +164,7 @@ def gated_graph(parts: Parts, placement: Placement) -> ModelProto:
                          else_branch=_pass_through("no_logits")),
     )  # fmt: skip
     inputs = [
-        _value("x", ("x_rows", *parts.input_shape)),
+        _value("x", ("x_rows", *parts.input_shape), parts.input_type),
         _value("state", ("state_rows", *parts.state_shape)),
         _value("visit", (len(parts.blocks),), TensorProto.BOOL),
         _value("embed", (), TensorProto.BOOL),
@@ -192,17 +201,6 @@ def _export(module: nn.Module, example: Tensor, name: str) -> Part:
         node.ClearField("doc_string")
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     return Part(tuple(graph.node), graph.input[0].name, graph.output[0].name, tensors)
-
-
-@contextmanager
-def without_fused_kernels() -> Iterator[None]:
-    """Let torch's own transformer layers run as the operators that they are made of, which can be exported and counted."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

@@ -22,6 +22,8 @@ TOLERANCE = 1e-4
 
 BATCHES = (1, 3, 16)
 
+Inputs = NDArray[np.float32] | NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -81,10 +83,12 @@ def verify_bundle(
     return differences
 
 
-def _examples(manifest: Manifest, rows: int) -> NDArray[np.float32]:
+def _examples(manifest: Manifest, rows: int) -> Inputs:
     """Random inputs `(rows, *input_shape)` of the size that the training data have."""
     rng = np.random.default_rng(0)
     shape = manifest.input.shape[1:]
+    if manifest.vocabulary is not None:
+        return rng.integers(manifest.vocabulary, size=(rows, *shape))
     if manifest.image is not None or manifest.normalisation is None:
         return rng.random((rows, *shape), dtype=np.float32)
     over_row = (-1, *[1] * (len(shape) - 1))
@@ -107,12 +111,12 @@ def _run_gated(
     session: ort.InferenceSession,
     manifest: Manifest,
     nodes: Path,
-    source: NDArray[np.float32],
+    source: Inputs,
     *,
     embed: bool = True,
     predict: bool = True,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    empty_x = np.zeros((0, *manifest.input.shape[1:]), np.float32)
+    empty_x = np.zeros((0, *manifest.input.shape[1:]), manifest.input.code)
     empty_state = np.zeros((0, *manifest.state.shape[1:]), np.float32)
     visit = np.zeros(len(manifest.tree.nodes), np.bool_)
     visit[[node - 1 for node in nodes]] = True

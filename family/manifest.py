@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from family.choice import best_by_depth, climb, pareto_front, reference_path
 from family.tree import InvalidPath, Path, Tree, format_path
 
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 GATED_FILE = "family.onnx"
@@ -49,8 +49,13 @@ class TensorSpec(_Model):
     """A tensor of the graphs. `shape` has -1 for the free batch axis; `datatype` is the Open Inference Protocol's."""
 
     name: str
-    datatype: Literal["FP32"]
+    datatype: Literal["FP32", "INT64"]
     shape: tuple[int, ...] = Field(min_length=2)
+
+    @property
+    def code(self) -> str:
+        """What numpy calls the type of its values: little-endian, in arrays and in bytes."""
+        return {"FP32": "<f4", "INT64": "<i8"}[self.datatype]
 
 
 class ImageInput(_Model):
@@ -148,6 +153,7 @@ class Manifest(_Model):
     image: ImageInput | None
     features: tuple[str, ...] | None = Field(None, description="the columns of a table, in the order of the input")
     normalisation: Normalisation | None = None
+    vocabulary: int | None = Field(None, ge=1, description="rows are tokens, whole numbers below this, INT64")
     paths: tuple[PathEntry, ...] = Field(min_length=1)
     certificate: Certificate | None = None
     provenance: Provenance
@@ -181,6 +187,8 @@ class Manifest(_Model):
             raise ValueError(f"images are rows of shape {list(self.image.row_shape)}, the input's are {list(row)}")
         if self.features is not None and row != (len(self.features),):
             raise ValueError(f"{len(self.features)} features for an input of shape {list(self.input.shape)}")
+        if (self.input.datatype == "INT64") != (self.vocabulary is not None):
+            raise ValueError(f"expected a vocabulary for tokens, INT64, and for nothing else; input {self.input.datatype}")
         if self.output.shape[-1] != len(self.labels):
             raise ValueError(f"{len(self.labels)} labels for an output of shape {list(self.output.shape)}")
         return self

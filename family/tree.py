@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 Path: TypeAlias = tuple[int, ...]
+Hop: TypeAlias = tuple[int, int]
 
 MAX_HIERARCHY_DEPTH = 10
 """Larger trees (2,047 blocks and more) are refused: nothing here is meant for them."""

@@ -183,8 +183,9 @@ def _warm_up_requests(model: ServedModel) -> list[tuple[str, dict[str, object]]]
     shape = model.manifest.input.shape[1:]
     url = f"models/{model.name}/versions/{model.version}"
     predict_url, infer_url = f"/v1/{url}/predict", f"/v2/{url}/infer"
-    zeros = np.zeros((1, *shape))
-    tensor = {"name": model.manifest.input.name, "shape": zeros.shape, "datatype": "FP32", "data": zeros.tolist()}
+    zeros = np.zeros((1, *shape), model.manifest.input.code)
+    spec = model.manifest.input
+    tensor = {"name": spec.name, "shape": zeros.shape, "datatype": spec.datatype, "data": zeros.tolist()}
     requests: list[tuple[str, dict[str, object]]] = [
         (predict_url, {"inputs": zeros.tolist(), "probabilities": True, "min_confidence": 1}),
         (infer_url, {"inputs": [tensor], "parameters": {"binary_data_output": True}}),

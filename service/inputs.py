@@ -1,4 +1,4 @@
-"""What clients send as one row -> `x (rows, *input_shape) float32`, checked before it can reach the queue."""
+"""What clients send as one row -> `x (rows, *input_shape)`, float32 or tokens, checked before it can reach the queue."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from family.manifest import ImageInput, Manifest
@@ -28,14 +27,15 @@ class Decoder:
     """
 
     def __init__(self, manifest: Manifest, max_image_pixels: int) -> None:
-        self._image = manifest.image
+        self._manifest, self._image = manifest, manifest.image
+        self._datatype, self._dtype = manifest.input.datatype, np.dtype(manifest.input.code)
         self._shape = manifest.input.shape[1:]
         self._max_pixels = self._pixels_left = max_image_pixels
 
     def decode(self, inputs: Sequence[Any]) -> Rows:
-        """All `inputs` as `(rows, *input_shape) float32`."""
+        """All `inputs` as `(rows, *input_shape)`."""
         rows = np.stack([self._row(row, f"inputs[{index}]") for index, row in enumerate(inputs)])
-        check_rows(rows, "inputs", pixels=self._image is not None)
+        check_rows(rows, "inputs", self._manifest)
         return rows
 
     def _row(self, row: Any, where: str) -> Rows:
@@ -52,11 +52,12 @@ class Decoder:
         got = f"an object with {sorted(map(str, row))}" if isinstance(row, dict) else type(row).__name__
         raise InvalidInput(
             f'{where}: expected a nested list of shape {shape}, {{"image": base64}} or '
-            f'{{"tensor": base64, "datatype": "FP32", "shape": {shape}}}, got {got[:200]}'
+            f'{{"tensor": base64, "datatype": "{self._datatype}", "shape": {shape}}}, got {got[:200]}'
         )
 
     def _from_list(self, row: list[Any], where: str) -> Rows:
-        expected = f"{where}: expected numbers of shape {list(self._shape)}"
+        tokens = self._dtype.kind == "i"
+        expected = f"{where}: expected {'tokens' if tokens else 'numbers'} of shape {list(self._shape)}"
         if len(row) != self._shape[0]:  # before numpy walks whatever it is
             raise InvalidInput(f"{expected}, got shape [{len(row)}, ...]")
         try:
@@ -65,23 +66,22 @@ class Decoder:
             raise InvalidInput(f"{expected}, got lists of uneven lengths") from exc
         if values.shape != self._shape:
             raise InvalidInput(f"{expected}, got shape {list(values.shape)}")
-        if values.dtype.kind not in "fiu":
+        if values.dtype.kind not in ("iu" if tokens else "fiu"):
             raise InvalidInput(f"{expected}, got other values among them")
-        with np.errstate(over="ignore"):  # becomes infinity, which is refused for all forms alike
-            return values.astype(np.float32)
+        with np.errstate(over="ignore"):  # becomes infinity, or a negative token: refused for all forms alike
+            return values.astype(self._dtype)
 
     def _from_tensor(self, text: Any, datatype: Any, shape: Any, where: str) -> Rows:
-        if datatype != "FP32":
-            raise InvalidInput(f"{where}.datatype: expected FP32, got {str(datatype)[:40]!r}")
+        if datatype != self._datatype:
+            raise InvalidInput(f"{where}.datatype: expected {self._datatype}, got {str(datatype)[:40]!r}")
         if shape != list(self._shape):
             raise InvalidInput(f"{where}.shape: expected {list(self._shape)}, got {str(shape)[:80]!r}")
         data = _base64(text, f"{where}.tensor")
-        expected = 4 * int(np.prod(self._shape))
+        expected = self._dtype.itemsize * int(np.prod(self._shape))
         if len(data) != expected:
-            wanted = f"{expected} bytes for FP32 of shape {list(self._shape)}"
+            wanted = f"{expected} bytes for {self._datatype} of shape {list(self._shape)}"
             raise InvalidInput(f"{where}.tensor: expected {wanted}, got {len(data)}")
-        values: NDArray[np.float32] = np.frombuffer(data, "<f4").reshape(self._shape).astype(np.float32)
-        return values
+        return np.frombuffer(data, self._dtype).reshape(self._shape)
 
     def _from_image(self, data: bytes, where: str, wanted: ImageInput) -> Rows:
         """As `family.pixels.pixels_of`. The size in the header is checked before any pixel is decoded."""
@@ -101,17 +101,21 @@ class Decoder:
             raise MalformedInput(f"{where}: the image is damaged: {exc}") from exc
 
 
-def check_rows(rows: Rows, name: str, *, pixels: bool) -> None:
-    """Check the values of `rows (rows, *input_shape) float32`, at least one; messages call them `name`.
+def check_rows(rows: Rows, name: str, manifest: Manifest) -> None:
+    """Check the values of `rows (rows, *input_shape)`, at least one; messages call them `name`.
 
     Raises:
-        InvalidInput: NaN or infinity among them, or pixels out of range.
+        InvalidInput: NaN or infinity among them, pixels out of range, or tokens that the model does not have.
     """
     low, high = float(rows.min()), float(rows.max())  # NaN and infinity come through
+    if manifest.vocabulary is not None and (low < 0 or high >= manifest.vocabulary):
+        raise InvalidInput(
+            f"{name}: expected tokens between 0 and {manifest.vocabulary - 1}, got values from {low:g} to {high:g}"
+        )
     if not (math.isfinite(low) and math.isfinite(high)):
         index = int(np.argwhere(~np.isfinite(rows))[0][0])
         raise InvalidInput(f"{name}[{index}]: expected finite numbers, got NaN or infinity")
-    if pixels and (low < 0 or high > 1):
+    if manifest.image is not None and (low < 0 or high > 1):
         raise InvalidInput(f"{name}: expected pixels between 0 (black) and 1 (white), got values from {low:g} to {high:g}")
 
 

@@ -1,4 +1,4 @@
-"""Raw bodies, for those who count microseconds: one little-endian row-major FP32 tensor, wishes in the query."""
+"""Raw bodies, for those who count microseconds: one little-endian row-major tensor, wishes in the query."""
 
 from __future__ import annotations
 
@@ -36,18 +36,17 @@ direct_routes = [DirectRoute(f"{url}/predict", predict_raw, OCTETS) for url in m
 
 
 def _read(body: bytes, manifest: Manifest, max_rows: int) -> Rows:
-    """The rows `(rows, *input_shape) float32` of a body.
+    """The rows `(rows, *input_shape)` of a body.
 
     Raises:
         InvalidInput: it is not a whole number of rows, or has too many; NaN or infinity, pixels out of range.
     """
-    shape = manifest.input.shape[1:]
-    row_bytes = 4 * math.prod(shape)
+    shape, dtype = manifest.input.shape[1:], np.dtype(manifest.input.code)
+    row_bytes = dtype.itemsize * math.prod(shape)
     rows, rest = divmod(len(body), row_bytes)
     if rest or not 0 < rows <= max_rows:
-        raise InvalidInput(
-            f"expected 1 to {max_rows} rows of {row_bytes} bytes, FP32 of shape {list(shape)}, got {len(body)} bytes"
-        )
-    x: Rows = np.frombuffer(body, "<f4").reshape(rows, *shape)
-    check_rows(x, "the body", pixels=manifest.image is not None)
+        wanted = f"{row_bytes} bytes, {manifest.input.datatype} of shape {list(shape)}"
+        raise InvalidInput(f"expected 1 to {max_rows} rows of {wanted}, got {len(body)} bytes")
+    x: Rows = np.frombuffer(body, dtype).reshape(rows, *shape)
+    check_rows(x, "the body", manifest)
     return x

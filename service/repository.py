@@ -116,7 +116,8 @@ class ServedModel:
         """
         resident = resident_bytes()
         rng = np.random.default_rng(0)
-        x = rng.random((max_batch, *self.manifest.input.shape[1:]), dtype=np.float32)
+        shape, tokens = (max_batch, *self.manifest.input.shape[1:]), self.manifest.vocabulary
+        x: Rows = rng.random(shape, dtype=np.float32) if tokens is None else rng.integers(tokens, size=shape)
         state = rng.standard_normal((max_batch, *self.manifest.state.shape[1:]), dtype=np.float32)
 
         def run(segment: Segment, rows: int, predict: bool) -> None:

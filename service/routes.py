@@ -91,6 +91,7 @@ async def describe_model(served: Served, ctx: Ctx) -> ModelDetail:
         **_summary(ctx, served).model_dump(),
         hierarchy_depth=manifest.hierarchy_depth,
         input_shape=list(manifest.input.shape[1:]),
+        input_datatype=manifest.input.datatype,
         features=list(manifest.features) if manifest.features is not None else None,
         labels=list(manifest.labels),
         reference=format_path(climb[-1]),

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from family.manifest import GATED_FILE, BundleError, Manifest
 from family.tree import Path
 
-Rows = NDArray[np.float32]
+Rows = NDArray[np.float32 | np.int64]
+"""Inputs, which are numbers or tokens, or states."""
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
@@ -22,8 +23,8 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 class Output:
     """What a run gives: `logits (rows, classes)` if it predicted, `state (rows, *state_shape)` if it was kept."""
 
-    logits: Rows | None
-    state: Rows | None
+    logits: NDArray[np.float32] | None
+    state: NDArray[np.float32] | None
 
 
 class Runtime:
@@ -47,7 +48,7 @@ class Runtime:
         if device == "gpu" and self._session.get_providers()[0] != _CUDA:
             raise BundleError("device gpu was asked for, but ONNX Runtime could not use CUDA: its log above says why")
         self._blocks = len(manifest.tree.nodes)
-        self._no_x = np.zeros((0, *manifest.input.shape[1:]), np.float32)
+        self._no_x = np.zeros((0, *manifest.input.shape[1:]), manifest.input.code)
         self._no_state = np.zeros((0, *manifest.state.shape[1:]), np.float32)
         self._flags = (np.array(False), np.array(True))
 

@@ -23,7 +23,7 @@ _INPUT_SCHEMA = {
             "additionalProperties": False,
             "properties": {
                 "tensor": {"type": "string", "description": "base64 of little-endian row-major values"},
-                "datatype": {"const": "FP32"},
+                "datatype": {"enum": ["FP32", "INT64"], "description": "the model's; INT64: tokens"},
                 "shape": {"type": "array", "items": {"type": "integer", "minimum": 1}},
             },
         },
@@ -288,6 +288,7 @@ class ModelDetail(ModelSummary):
 
     hierarchy_depth: int
     input_shape: list[int]
+    input_datatype: str = Field(description="FP32, or INT64: tokens")
     features: list[str] | None = Field(
         description="the columns of a table, in the order of the input; null for other models"
     )

@@ -104,7 +104,7 @@ def fake_manifest(
         certificate = Certificate(sequence=sequence, delta=0.05, rows=100, levels=certified)
     names = ("weights.bin", "family.onnx", *(entry.file for entry in entries))
     return Manifest(
-        format_version="1.1",
+        format_version="1.2",
         name="fake",
         hierarchy_depth=hierarchy_depth,
         input=TensorSpec(name="x", datatype="FP32", shape=(-1, SIDE, SIDE)),

@@ -7,20 +7,18 @@ from pathlib import Path
 import click
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from family import tree as algebra
-from family.choice import pareto_front, reference_path
 from training import compare as comparison
+from training.assessment_report import MIN_CONFIDENCE, report
 from training.checkpoint import CheckpointError, Weights, load_family
 from training.config import ConfigError, MethodName, RunConfig, dump_config, load_config, parse_override
 from training.custom import import_factory
 from training.dataset import DataError, Dataset
 from training.distributed import TeamError, join
-from training.evaluate import METRICS_FILE, measure, write_metrics
-from training.methods import METHODS, steps_of, trained_paths
+from training.methods import METHODS, steps_of
 from training.model import Factory, Family, build_family
-from training.plots import plot_accuracy_over_depth, plot_history
+from training.plots import plot_history
 from training.progress import console, download_with_bar, train_with_bar
 from training.report import Record, write_report
 from training.shapes import ShapeError
@@ -170,7 +168,7 @@ def train(
     if not team.leads:
         return
     plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
-    _report(run, family, data, out)
+    report(run, family, data, out)
 
 
 @click.command(epilog=_METHODS)
@@ -239,12 +237,21 @@ def compare(
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Where files go.  [default: RUN]")
+@click.option(
+    "--min-confidence",
+    type=click.FloatRange(0, 1),
+    default=MIN_CONFIDENCE,
+    show_default=True,
+    help="Of the climb that tree.png shows.",
+)
 @weights_option
 @factory_option
-def evaluate(run: Path, out: Path | None, weights: Weights | None, factory: Factory | None) -> None:
-    """Score every path of the trained family in RUN on its validation and test data.
+def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weights | None, factory: Factory | None) -> None:
+    """Measure every path of the trained family in RUN on its validation and test data.
 
-    Prints a table and writes metrics.json and accuracy_over_depth.png.
+    Prints accuracy, loss, temperature, calibration error, agreement with the reference path and FLOPs, and writes
+    metrics.json, accuracy.png (over depth and FLOPs), reliability.png and tree.png (how many test inputs run each hop when
+    they climb until --min-confidence). Temperatures, and what is best, are chosen on validation data.
     """
     try:
         config, family, _ = load_family(run, factory, weights)
@@ -253,7 +260,7 @@ def evaluate(run: Path, out: Path | None, weights: Weights | None, factory: Fact
         raise click.ClickException(str(exc)) from exc
     target = out or run
     target.mkdir(parents=True, exist_ok=True)
-    _report(config, family, data, target)
+    report(config, family, data, target, min_confidence)
 
 
 def _run_with_bar(
@@ -316,38 +323,3 @@ def _describe(run: RunConfig, family: Family, data: Dataset) -> None:
         f"# work: {run.train.budget * rows:,.0f} block evaluations, {of_a_row:.4g} a row on average; "
         f"about {steps:,} steps, {steps * run.train.batch / rows:.1f} epochs"
     )
-
-
-def _report(run: RunConfig, family: Family, data: Dataset, out: Path) -> None:
-    """Score all trained paths, print the table, write metrics.json and the plot."""
-    tree = family.tree
-    metrics = measure(family, data, trained_paths(run, tree, tuple(tree.paths())))
-    accuracies = {path: result.validation.accuracy for path, result in metrics.items()}
-    front, reference = set(pareto_front(tree, accuracies)), reference_path(tree, accuracies)
-    table = Table(title=f"{run.name}: {len(metrics)} path(s), {run.train.method}, seed {run.train.seed}")
-    for column in ("path", "depth", "validation %", "test %", ""):
-        table.add_column(column, justify="left" if column in ("path", "") else "right")
-    for path, result in metrics.items():
-        note = (
-            "reference"
-            if path == reference
-            else "Pareto"
-            if path in front
-            else "best of its depth"
-            if result.best_of_depth
-            else ""
-        )
-        table.add_row(
-            algebra.format_path(path),
-            str(result.depth),
-            f"{100 * result.validation.accuracy:.1f}",
-            f"{100 * result.test.accuracy:.1f}",
-            note,
-        )
-    console.print(table)
-    write_metrics(out, metrics)
-    test_accuracies = {path: result.test.accuracy for path, result in metrics.items()}
-    plot_accuracy_over_depth(
-        tree, test_accuracies, f"{run.name}: test accuracy of every path", out / "accuracy_over_depth.png"
-    )
-    console.print(f"wrote {out}/{METRICS_FILE} and {out}/accuracy_over_depth.png")

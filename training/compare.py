@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 from family.tree import Path, Tree, format_path
+from training.assessment import METRICS_FILE, PathMetrics, assess, read_metrics, write_metrics
 from training.checkpoint import CheckpointError, load_run_config
 from training.config import MethodName, RunConfig, parse_config
 from training.dataset import Dataset
-from training.evaluate import METRICS_FILE, PathMetrics, measure, read_metrics, write_metrics
 from training.methods import METHODS, steps_of, trained_paths
 from training.report import Matched, Record
 from training.trainer import Report, train
@@ -135,7 +135,7 @@ def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None
     if _is_finished(folder, job.config):
         return _records(job, read_metrics(folder))
     family = train(job.config, folder, data, on_step, resume=True)
-    metrics = measure(family, data, trained_paths(job.config, family.tree, tuple(family.tree.paths())))
+    metrics = assess(family, data, trained_paths(job.config, family.tree, tuple(family.tree.paths()))).paths
     write_metrics(folder, metrics)
     return _records(job, metrics)
 

@@ -57,6 +57,22 @@ class ResMlpConfig(_FamilyConfig):
     hidden: int = Field(128, ge=1, description="hidden features of a block")
 
 
+class GptConfig(_FamilyConfig):
+    """GPT blocks on windows of `context` tokens; see `training.language`."""
+
+    kind: Literal["gpt"] = "gpt"
+    context: int = Field(64, ge=1, description="tokens of a window")
+    width: int = Field(64, ge=1, description="features of a token")
+    heads: int = Field(4, ge=1, description="attention heads; must divide the width")
+    positions: bool = Field(False, description="learned positions, as in GPT-2; else ALiBi's slopes in every attention")
+
+    @model_validator(mode="after")
+    def _divides(self) -> GptConfig:
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide width, got width {self.width} and heads {self.heads}")
+        return self
+
+
 class CustomConfig(_FamilyConfig):
     """The user's own modules, which Python code builds; see `training.custom`."""
 
@@ -68,7 +84,7 @@ class CustomConfig(_FamilyConfig):
     )
 
 
-ModelConfig = VitConfig | MlpConfig | ResMlpConfig | CustomConfig
+ModelConfig = VitConfig | MlpConfig | ResMlpConfig | GptConfig | CustomConfig
 
 
 class TrainConfig(Section):

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.data_config import DataConfig
+from training.data_config import Corruptible
 from training.dataset import Dataset, DataSpec, Split
 
 
-def corrupt(data: Dataset, config: DataConfig, seed: int) -> Dataset:
+def corrupt(data: Dataset, config: Corruptible, seed: int) -> Dataset:
     """Take away the share `config.missing` of all values and make the share `config.label_noise` of the training labels
     wrong. Each split has its own stream of random numbers, so it does not depend on the sizes of the others.
     """

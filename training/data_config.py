@@ -117,6 +117,15 @@ class PublishedConfig(_Augmented, _Corrupted):
         return {"validation": self.validation, "certification": self.certification}
 
 
-DataConfig = Annotated[
-    DigitsConfig | TableConfig | ArraysConfig | ImagesConfig | PublishedConfig, Field(discriminator="kind")
-]
+class TextConfig(Section):
+    """Windows of a text, and the token that follows each: what a language model is asked for."""
+
+    kind: Literal["text"] = "text"
+    context: int = Field(64, ge=1, description="tokens of a window")
+    folder: Path | None = Field(None, description="of text files; none: the embedded text")
+    tokenizer: Path | None = Field(None, description="file of the byte-pair tokenizer; none: a token is a byte")
+
+
+Corruptible = DigitsConfig | TableConfig | ArraysConfig | ImagesConfig | PublishedConfig
+"""Data of numbers, which can be made worse on purpose."""
+DataConfig = Annotated[Corruptible | TextConfig, Field(discriminator="kind")]

@@ -22,7 +22,8 @@ class DataSpec(BaseModel):
     """What a model has to know of its data; a run keeps it beside its checkpoint.
 
     `input_shape` is that of one row, `labels` are the names of the classes in the order of their numbers, `features` the
-    names of the columns of a table. `normalisation` is for the embedding, so that clients send plain values.
+    names of the columns of a table. `normalisation` is for the embedding, so that clients send plain values. Rows of
+    tokens have none, and a `vocabulary`: they are whole numbers below it, int64 where other rows are float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -30,7 +31,8 @@ class DataSpec(BaseModel):
     description: str
     input_shape: tuple[int, ...]
     labels: tuple[str, ...]
-    normalisation: Normalisation
+    normalisation: Normalisation | None = None
+    vocabulary: int | None = None
     image: ImageInput | None = None
     features: tuple[str, ...] | None = None
 
@@ -38,12 +40,20 @@ class DataSpec(BaseModel):
     def _fits(self) -> DataSpec:
         if not self.input_shape or min(self.input_shape) < 1:
             raise ValueError(f"expected an input shape of positive sizes, got {self.input_shape}")
-        if len(self.normalisation.mean) not in (1, self.input_shape[0]):
+        if (self.normalisation is None) == (self.vocabulary is None):
+            raise ValueError("expected either a normalisation or, for rows of tokens, a vocabulary")
+        if self.normalisation is not None and len(self.normalisation.mean) not in (1, self.input_shape[0]):
             raise ValueError(f"expected 1 or {self.input_shape[0]} means, got {len(self.normalisation.mean)}")
         return self
 
     def constants(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation as float32, shaped to broadcast over rows of `input_shape`."""
+        """Mean and standard deviation as float32, shaped to broadcast over rows of `input_shape`.
+
+        Raises:
+            DataError: rows are tokens.
+        """
+        if self.normalisation is None:
+            raise DataError(f"{self.description}: rows of tokens have no mean: the model must embed them")
         mean, std = (
             torch.tensor(values, dtype=torch.float32) for values in (self.normalisation.mean, self.normalisation.std)
         )
@@ -69,7 +79,7 @@ def _six_digits(values: Tensor) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Inputs `x` `(rows, *input_shape) float32` and `labels` `(rows,) int64`."""
+    """Inputs `x` `(rows, *input_shape)`, float32 or, of tokens, int64, and `labels` `(rows,) int64`."""
 
     x: Tensor
     labels: Tensor

@@ -1,23 +1,17 @@
-"""Evaluation of many paths of one family, sharing the states of common prefixes; `metrics.json`, which keeps it."""
+"""Evaluation of many paths of one family, sharing the states of common prefixes: what training watches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor
 
-from family.choice import best_by_depth
-from family.tree import Path, Tree, format_path
-from training.checkpoint import write_atomically
-from training.dataset import Dataset, Split
+from family.tree import Path, Tree
+from training.dataset import Split
 from training.model import Family
-
-METRICS_FILE = "metrics.json"
 
 
 @torch.no_grad()
@@ -69,38 +63,3 @@ def watched_paths(tree: Tree, most: int = 32) -> tuple[Path, ...]:
         return tuple(tree.paths())
     one_of_each = (tree.path_at(depth, 0) for depth in tree.count_paths_by_depth())
     return tuple(dict.fromkeys((*tree.ladder, *one_of_each)))
-
-
-@dataclass(frozen=True, slots=True)
-class PathMetrics:
-    """One path of a finished run. `best_of_depth`: no path of as many blocks is better on validation data."""
-
-    depth: int
-    best_of_depth: bool
-    validation: PathScore
-    test: PathScore
-
-
-_METRICS = TypeAdapter(dict[str, PathMetrics])
-
-
-def measure(family: Family, data: Dataset, paths: tuple[Path, ...]) -> dict[Path, PathMetrics]:
-    """Score paths on validation and test data; the best of each depth is chosen on validation data."""
-    validation, test = (score_paths(family, split, paths) for split in (data.validation, data.test))
-    best = best_by_depth(family.tree, {path: result.accuracy for path, result in validation.items()})
-    return {
-        path: PathMetrics(len(path), best[len(path)] == path, validation[path], test[path])
-        for path in sorted(paths, key=lambda path: (len(path), path))
-    }
-
-
-def write_metrics(folder: FilePath, metrics: Mapping[Path, PathMetrics]) -> None:
-    """Write `metrics.json`: for every path, by its name, the fields of `PathMetrics`."""
-    named = {format_path(path): result for path, result in metrics.items()}
-    write_atomically(folder / METRICS_FILE, _METRICS.dump_json(named, indent=2))
-
-
-def read_metrics(folder: FilePath) -> dict[Path, PathMetrics]:
-    """Read back what `write_metrics` wrote."""
-    named = _METRICS.validate_json((folder / METRICS_FILE).read_bytes())
-    return {tuple(map(int, name.split("-"))): result for name, result in named.items()}

@@ -3,36 +3,21 @@
 A *row* is a position of a window: states are `(windows * context, width)`, labels `(windows * context,)` the next token of
 every position. So all training methods count and average positions as they do examples, and need not know of text.
 They must not nudge (c = 0): a nudged state carries its label's gradient, and children learn to read the label from it.
+
+What is served is the same family with whole windows as rows, which predicts the token after each (`build_windows`).
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from family.tree import Tree
 from training.blocks import Init, TransformerBlocks, Weights, uniform_init
+from training.config import ConfigError, GptConfig
+from training.dataset import DataSpec
 from training.model import Family, LinearHead
-
-
-class GptConfig(BaseModel):
-    """A family of GPT blocks on windows of `context` tokens."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    hierarchy_depth: int = Field(3, ge=1, le=4)
-    context: int = Field(64, ge=1)
-    width: int = Field(64, ge=1)
-    heads: int = Field(4, ge=1)
-    positions: bool = Field(False, description="learned positions, as in GPT-2; else ALiBi's slopes in every attention")
-
-    @model_validator(mode="after")
-    def _divides(self) -> GptConfig:
-        if self.width % self.heads:
-            raise ValueError(f"heads must divide width, got width {self.width} and heads {self.heads}")
-        return self
 
 
 class CausalBlocks(TransformerBlocks):
@@ -73,10 +58,12 @@ class TokenEmbed(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         """The states of node 0."""
+        return self.by_window(windows).flatten(0, 1)
+
+    def by_window(self, windows: Tensor) -> Tensor:
+        """The same as `(windows, context, width)`."""
         states = F.embedding(windows, self.weight)
-        if self.position is not None:
-            states = states + self.position
-        return states.flatten(0, 1)
+        return states if self.position is None else states + self.position
 
 
 def build_gpt(config: GptConfig, vocabulary: int, seed: int) -> Family:
@@ -85,3 +72,46 @@ def build_gpt(config: GptConfig, vocabulary: int, seed: int) -> Family:
     embed = TokenEmbed(vocabulary, config, init)
     blocks = CausalBlocks(len(Tree(config.hierarchy_depth).nodes), config, init)
     return Family(embed, blocks, LinearHead(config.width, vocabulary, init, norm=True))
+
+
+class _WindowEmbed(TokenEmbed):
+    def forward(self, windows: Tensor) -> Tensor:
+        return self.by_window(windows)
+
+
+class _WindowBlocks(CausalBlocks):
+    """States are `(windows, context, width)`."""
+
+    def __init__(self, count: int, config: GptConfig, init: Init) -> None:
+        super().__init__(count, config, init)
+        self.state_shape = (config.context, config.width)
+
+    def run(self, weights: Weights, states: Tensor) -> Tensor:
+        return TransformerBlocks.run(self, weights, states)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Written out: the exporter puts a dozen shape operators around the fused call.
+        return torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2) + self.bias, dim=-1) @ v
+
+
+class _LastHead(LinearHead):
+    def forward(self, state: Tensor) -> Tensor:
+        return super().forward(state[:, -1])
+
+
+def build_windows(config: GptConfig, spec: DataSpec, seed: int) -> Family:
+    """The family of `build_gpt`, its parameters under the same names, with windows as rows: `(windows, context) int64` ->
+    logits of the token after each window, `(windows, vocabulary)`. This is what is evaluated, exported and served.
+
+    Raises:
+        ConfigError: rows are no windows of `config.context` tokens.
+    """
+    if spec.vocabulary is None or spec.input_shape != (config.context,):
+        raise ConfigError(
+            f'model.kind gpt takes windows of {config.context} tokens (data.kind = "text", data.context = '
+            f"{config.context}), got rows of {list(spec.input_shape)} of {spec.description}"
+        )
+    init = uniform_init(torch.Generator().manual_seed(seed))
+    embed = _WindowEmbed(spec.vocabulary, config, init)
+    blocks = _WindowBlocks(len(Tree(config.hierarchy_depth).nodes), config, init)
+    return Family(embed, blocks, _LastHead(config.width, spec.vocabulary, init, norm=True))

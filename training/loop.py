@@ -43,11 +43,12 @@ def fit(
     step: Callable[[int, np.random.Generator], Tensor],
     folder: Path,
     on_share: Callable[[float], None],
+    evaluations: int = 0,
 ) -> None:
     """Train `module`, going on from the checkpoint in `folder` if there is one.
 
     `step(index, rng)` runs one batch forward *and* backward and returns its loss, detached. `on_share` is told which share
-    of the steps is done.
+    of the steps is done. `evaluations` of blocks that a step takes, if the module has any, are counted in its checkpoints.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -72,7 +73,7 @@ def fit(
             nn.utils.clip_grad_norm_(module.parameters(), recipe.clip)
         optimizer.step()
         if (index + 1) % every == 0 or index + 1 == recipe.steps:
-            save_checkpoint(folder, module, optimizer, Progress(index + 1))
+            save_checkpoint(folder, module, optimizer, Progress(index + 1, (index + 1) * evaluations))
         on_share((index + 1) / recipe.steps)
     module.eval()
 

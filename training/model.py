@@ -20,7 +20,7 @@ from training.blocks import (
     TransformerBlocks,
     uniform_init,
 )
-from training.config import ConfigError, CustomConfig, MlpConfig, ModelConfig, ResMlpConfig, VitConfig
+from training.config import ConfigError, CustomConfig, GptConfig, MlpConfig, ModelConfig, ResMlpConfig, VitConfig
 from training.dataset import DataSpec
 from training.digits import DIGITS
 
@@ -173,6 +173,10 @@ def build_family(config: ModelConfig, seed: int, spec: DataSpec = DIGITS, factor
         return _build_custom(config, seed, spec, factory)
     if factory is not None:
         raise ConfigError(f'a factory goes with model.kind = "custom", and this model is a {config.kind}')
+    if isinstance(config, GptConfig):
+        from training.language import build_windows
+
+        return build_windows(config, spec, seed)
     generator = torch.Generator().manual_seed(seed)
     init = uniform_init(generator)
     count = len(Tree(config.hierarchy_depth).nodes)

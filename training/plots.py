@@ -1,9 +1,8 @@
-"""Pictures of a run: the tree, accuracy over depth for every path, accuracy over training."""
+"""Pictures of training, comparisons and tables; those of a family are in `training.diagrams`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -11,63 +10,8 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display needed, none opened
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
-
-from family import tree as algebra
-from family.choice import best_by_depth, pareto_front
 
 INK, ACCENT, QUIET = "#1f2933", "#c2410c", "#94a3b8"
-
-
-def plot_tree(tree: algebra.Tree, file: Path) -> None:
-    """Draw nodes by level with all hops, the ladder's in colour."""
-    figure, axes = plt.subplots(figsize=(9, 3.6))
-    ladder = tree.ladder[-1]
-    climbing = {(0, ladder[0]), *pairwise(ladder), *((node, tree.n) for node in ladder)}
-    height = {node: tree.level(node) for node in tree.nodes} | {0: tree.hierarchy_depth, tree.n: tree.hierarchy_depth}
-    for start, end in tree.hops:
-        accent = (start, end) in climbing
-        axes.add_patch(
-            FancyArrowPatch(
-                (start, height[start]),
-                (end, height[end]),
-                arrowstyle="-|>",
-                mutation_scale=12,
-                shrinkA=15,
-                shrinkB=15,
-                linestyle="-" if height[end] < height[start] else "--",
-                color=ACCENT if accent else QUIET,
-                linewidth=1.8 if accent else 1,
-                zorder=2 if accent else 1,
-            )
-        )
-    for node, y in height.items():
-        name = {0: "x", tree.n: "y"}.get(node, str(node))
-        colour = ACCENT if node in ladder else INK
-        axes.scatter(node, y, s=620, color="white", edgecolor=colour, linewidth=1.6, zorder=3)
-        axes.text(node, y, name, ha="center", va="center", color=colour, zorder=4)
-    axes.set_ylim(-0.6, tree.hierarchy_depth + 0.5)
-    axes.set_title(f"D={tree.hierarchy_depth}: {len(tree.nodes)} blocks, {tree.count_paths()} paths; the ladder in colour")
-    axes.axis("off")
-    _write(figure, file)
-
-
-def plot_accuracy_over_depth(tree: algebra.Tree, accuracies: Mapping[algebra.Path, float], title: str, file: Path) -> None:
-    """One dot per path, a line through the best of each depth, the Pareto front filled."""
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    best = best_by_depth(tree, accuracies)
-    front = set(pareto_front(tree, accuracies))
-    axes.scatter(
-        [len(path) for path in accuracies], [100 * a for a in accuracies.values()], s=18, color=QUIET, label="a path"
-    )
-    axes.plot(list(best), [100 * accuracies[path] for path in best.values()], color=ACCENT, label="best of its depth")
-    for depth, path in best.items():
-        face = ACCENT if path in front else "white"
-        axes.scatter(depth, 100 * accuracies[path], s=46, facecolor=face, edgecolor=ACCENT, zorder=3)
-    axes.scatter([], [], s=46, color=ACCENT, label="on the Pareto front")
-    axes.set(xlabel="depth (blocks run)", ylabel="accuracy, %", title=title)
-    axes.legend(frameon=False, loc="lower right")
-    _write(figure, file)
 
 
 def plot_history(rows: Sequence[Mapping[str, str]], file: Path) -> None:
@@ -85,7 +29,7 @@ def plot_history(rows: Sequence[Mapping[str, str]], file: Path) -> None:
         xlabel="share of the training budget", ylabel="validation accuracy, %", title="Mean over the paths of each depth"
     )
     axes.legend(frameon=False, fontsize="small", loc="lower right")
-    _write(figure, file)
+    write_figure(figure, file)
 
 
 def plot_comparison(panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]], title: str, file: Path) -> None:
@@ -115,7 +59,7 @@ def plot_comparison(panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, 
         axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
     row[0][0].set_ylabel("test accuracy, %")
     figure.suptitle(title)
-    _write(figure, file)
+    write_figure(figure, file)
 
 
 def plot_rows(
@@ -145,10 +89,11 @@ def plot_rows(
     axes.set(ylabel=quantity, title=title)
     axes.grid(axis="y", color=QUIET, alpha=0.3)
     axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    _write(figure, file)
+    write_figure(figure, file)
 
 
-def _write(figure: Figure, file: Path) -> None:
+def write_figure(figure: Figure, file: Path) -> None:
+    """Write a picture, and free it."""
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -15,7 +15,7 @@ from training.dataset import Dataset
 from training.distributed import ALONE, Team
 from training.evaluate import PathScore
 from training.model import Family
-from training.published import download
+from training.publications import IMAGES, Publication, download
 from training.trainer import Report, train
 
 console = Console()
@@ -66,6 +66,15 @@ def download_with_bar(data: DataConfig) -> None:
     """
     if not isinstance(data, PublishedConfig):
         raise ConfigError(f"--download goes with data.kind mnist, cifar10 and cifar100, not with {data.kind}")
+    fetch_with_bar(IMAGES[data.kind], data.folder)
+
+
+def fetch_with_bar(publication: Publication, folder: Path) -> None:
+    """Fetch what `folder` lacks of a publication, with a bar.
+
+    Raises:
+        DataError: it cannot be fetched.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         tasks: dict[str, TaskID] = {}
@@ -75,7 +84,7 @@ def download_with_bar(data: DataConfig) -> None:
                 tasks[name] = bar.add_task(name, total=total)
             bar.update(tasks[name], completed=done)
 
-        download(data, report)
+        download(publication, folder, report)
 
 
 def _accuracy_line(tree: algebra.Tree, scores: dict[algebra.Path, PathScore]) -> str:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from training.checkpoint import load_spec
 from training.corruption import corrupt
-from training.data_config import ArraysConfig, DataConfig, DigitsConfig, ImagesConfig, PublishedConfig, TableConfig
+from training.data_config import (
+    ArraysConfig,
+    DataConfig,
+    DigitsConfig,
+    ImagesConfig,
+    PublishedConfig,
+    TableConfig,
+    TextConfig,
+)
 from training.dataset import DataError, Dataset
 from training.digits import load_digits
 
@@ -19,6 +27,8 @@ def load_data(config: DataConfig) -> Dataset:
     Raises:
         DataError: the data are not what the configuration says; the message names the file, and the row and column.
     """
+    if isinstance(config, TextConfig):
+        return _load(config)
     seed = _DIGITS_CORRUPTION_SEED if isinstance(config, DigitsConfig) else config.seed
     return corrupt(_load(config), config, seed)
 
@@ -55,6 +65,10 @@ def _load(config: DataConfig) -> Dataset:
 
             return load_images(config)
         case PublishedConfig():
-            from training.published import load_published
+            from training.publications import load_published
 
             return load_published(config)
+        case TextConfig():
+            from training.text import load_windows
+
+            return load_windows(config)

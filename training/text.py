@@ -16,11 +16,18 @@ from torch import Tensor
 
 from training.checkpoint import write_atomically
 from training.config import ConfigError
+from training.data_config import TextConfig
+from training.dataset import DataError, Dataset, DataSpec, Split
+from training.publications import TEXTS, read_wikitext
 
 SPLITS = "train", "validation", "test"
 _SHARES = 0.9, 0.05
 """Of train and validation, where the text comes in one piece."""
 _TOPICS_SEED = 20260619
+WINDOWS = 1000
+"""Rows of a split, at most, where windows are rows; those of a short text overlap."""
+BYTE_LABELS = tuple(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in range(256))
+"""A byte as text: itself if it is printable ASCII, else as in `\\x0a`."""
 _FILE_MARKS = {"train": "train", "validation": "valid", "test": "test"}
 
 
@@ -58,12 +65,69 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """The three splits as tokens of one vocabulary."""
+    """The three splits as tokens of one vocabulary; `labels` are its tokens as text, each another."""
 
-    vocabulary: int
+    labels: tuple[str, ...]
     train: Tokens
     validation: Tokens
     test: Tokens
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return len(self.labels)
+
+
+def load_windows(config: TextConfig) -> Dataset:
+    """Windows of each split as rows, and the token after each as its label: at most `WINDOWS` of them, evenly spaced.
+
+    No rows are for certification, which is for rows that are drawn independently: windows of one text are not.
+
+    Raises:
+        DataError: there is no text, a split is shorter than a window, or there is no such tokenizer.
+    """
+    if config.tokenizer is not None and not config.tokenizer.is_file():
+        raise DataError(f"{config.tokenizer} does not exist: expected the tokenizer that the run in its folder trained")
+    try:
+        text = text_of(config.folder)
+        corpus = encode(text, None if config.tokenizer is None else 0, config.tokenizer or Path())
+    except ConfigError as exc:
+        raise DataError(str(exc)) from exc
+    splits = {name: _evenly(getattr(corpus, name), config.context, f"{text.description}, {name}") for name in SPLITS}
+    train, validation, test = splits.values()
+    nothing = Split(train.x[:0], train.labels[:0])
+    return Dataset(train, validation, nothing, test, spec=windows_spec(text, corpus, config.context), source=config)
+
+
+def windows_spec(text: Text, corpus: Corpus, context: int) -> DataSpec:
+    """What `load_windows` gives, as a model has to know it."""
+    return DataSpec(
+        description=f"text: {text.description}", input_shape=(context,), labels=corpus.labels, vocabulary=corpus.vocabulary
+    )
+
+
+def _evenly(tokens: Tokens, context: int, name: str) -> Split:
+    last = len(tokens.ids) - context - 1  # where a window may start at the latest
+    if last < 0:
+        raise DataError(f"{name}: expected more than {context} tokens, got {len(tokens.ids)}")
+    starts = torch.linspace(0, last, min(WINDOWS, last + 1)).long()
+    windows = tokens.ids[starts[:, None] + torch.arange(context + 1)]
+    return Split(windows[:, :-1], windows[:, -1])
+
+
+def text_of(folder: Path | None) -> Text:
+    """The embedded text, WikiText-103 if its archive is in `folder`, or the text files there.
+
+    Raises:
+        ConfigError: there are none that can be used.
+        DataError: the archive is not the published one.
+    """
+    if folder is None:
+        return embedded_text()
+    wikitext = TEXTS["wikitext103"]
+    if any((folder / name).exists() for name in wikitext.files):
+        return Text(wikitext.title, *read_wikitext(folder))
+    return read_text(folder)
 
 
 def embedded_text() -> Text:
@@ -86,15 +150,16 @@ def read_text(folder: Path) -> Text:
     files = sorted(file for file in folder.glob("*") if file.suffix in suffixes and file.is_file())
     if not files:
         raise ConfigError(f"{folder} holds no text: expected files that end in {', '.join(sorted(suffixes))}")
+    description = f"{len(files)} text file(s), {sum(file.stat().st_size for file in files):,} bytes"
     by_split = {name: [file for file in files if mark in file.name] for name, mark in _FILE_MARKS.items()}
     if not any(by_split.values()):
-        return _cut(_join(files), f"{len(files)} text file(s)")
+        return _cut(_join(files), description)
     if empty := [name for name, members in by_split.items() if not members]:
         raise ConfigError(
             f"{folder} has files for some splits and none for {', '.join(empty)}: name them *train*, *valid* and *test*, "
             "or none of them so"
         )
-    return Text(f"{len(files)} text file(s)", **{name: _join(members) for name, members in by_split.items()})
+    return Text(description, **{name: _join(members) for name, members in by_split.items()})
 
 
 def encode(text: Text, vocabulary: int | None, tokenizer_file: Path) -> Corpus:
@@ -107,7 +172,7 @@ def encode(text: Text, vocabulary: int | None, tokenizer_file: Path) -> Corpus:
     """
     if vocabulary is None:
         splits = (np.frombuffer(getattr(text, name).encode(), np.uint8).astype(np.int64) for name in SPLITS)
-        return Corpus(256, *(Tokens(torch.from_numpy(ids), 1.0) for ids in splits))
+        return Corpus(BYTE_LABELS, *(Tokens(torch.from_numpy(ids), 1.0) for ids in splits))
     try:
         from tokenizers import ByteLevelBPETokenizer, Tokenizer
     except ModuleNotFoundError as exc:
@@ -122,7 +187,9 @@ def encode(text: Text, vocabulary: int | None, tokenizer_file: Path) -> Corpus:
         split: str = getattr(text, name)
         ids = tokenizer.encode(split).ids
         tokens.append(Tokens(torch.tensor(ids), len(split.encode()) / len(ids)))
-    return Corpus(tokenizer.get_vocab_size(), *tokens)
+    numbers: dict[str, int] = tokenizer.get_vocab()
+    labels = tuple(sorted(numbers, key=numbers.__getitem__))
+    return Corpus(labels, *tokens)
 
 
 def _cut(text: str, description: str) -> Text:

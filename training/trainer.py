@@ -36,7 +36,7 @@ from training.checkpoint import (
     trainable,
     write_atomically,
 )
-from training.config import ConfigError, RunConfig, TrainConfig
+from training.config import ConfigError, GptConfig, RunConfig, TrainConfig
 from training.dataset import Augmentation, Dataset, DataSpec, Split
 from training.diagnosis import diagnose
 from training.distributed import ALONE, Team, gradient_buffer
@@ -125,6 +125,11 @@ def train(
     settings, method = config.train, METHODS[config.train.method]
     _require_divisible(settings, team)
     batches = _Batches(settings, data.train, data.augment, method.views)
+    if isinstance(config.model, GptConfig):
+        raise ConfigError(
+            "model.kind gpt is trained by `hbll reproduce table9`, on every position of a window at once: here its last "
+            "position would be all that it learns from"
+        )
     family = family or build_family(config.model, settings.seed, data.spec)
     _require_fit(family, data)
     family = family.to(team.device)

@@ -115,7 +115,7 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._retries = retries
         self._only: str | None = None
-        self._shapes: dict[tuple[str, int | None], tuple[int, ...]] = {}
+        self._details: dict[tuple[str, int | None], ModelDetail] = {}
 
     async def predict(self, inputs: Inputs, *, model: str | None = None, **options: Unpack[PredictOptions]) -> Answer:
         """The answer to `inputs`: one array of the model's input shape or a batch of them, an image file as bytes or path,
@@ -227,19 +227,20 @@ class AsyncClient:
             yield
         except (InvalidRequest, NotServed):
             self._only = None
-            self._shapes = {key: shape for key, shape in self._shapes.items() if key[0] != model}
+            self._details = {key: detail for key, detail in self._details.items() if key[0] != model}
             raise
 
     async def _resolve(self, call: Call, inputs: Inputs, model: str | None, version: int | None) -> tuple[str, list[Row]]:
         """The model's name, and the rows for it."""
         name = await self._name(call, model)
-        shape = self._shapes.get((name, version))
-        if shape is None and holds_arrays(inputs):
-            shape = (await self._describe(call, name, version)).input_shape
+        detail = self._details.get((name, version))
+        if detail is None and holds_arrays(inputs):
+            detail = await self._describe(call, name, version)
+        shape, datatype = (detail.input_shape, detail.input_datatype) if detail else (None, "FP32")
         with self._forgetting(name):
             if takes_long(inputs):
-                return name, await anyio.to_thread.run_sync(rows_of, inputs, shape)
-            return name, rows_of(inputs, shape)
+                return name, await anyio.to_thread.run_sync(rows_of, inputs, shape, datatype)
+            return name, rows_of(inputs, shape, datatype)
 
     async def _name(self, call: Call, model: str | None) -> str:
         if model is not None:
@@ -258,7 +259,7 @@ class AsyncClient:
         content = await self._sender.ask(call, Request("GET", model_path(name, version)))
         memory = read(Memory, content["memory"]) if content.get("memory") is not None else None
         detail = read(ModelDetail, content, paths=read_all(Path, content, "paths"), memory=memory)
-        self._shapes[name, version] = detail.input_shape
+        self._details[name, version] = detail
         return detail
 
     async def _event(

@@ -107,11 +107,13 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDetail(Model):
-    """A served model with all that it offers: rows have `input_shape`, `max_risk` can be one of `risk_levels`. `features`
-    are the columns of a table, in the order of the input."""
+    """A served model with all that it offers: rows have `input_shape` and are of `input_datatype`, FP32 or, where they are
+    tokens, INT64; `max_risk` can be one of `risk_levels`. `features` are the columns of a table, in the order of the input.
+    """
 
     hierarchy_depth: int
     input_shape: tuple[int, ...]
+    input_datatype: str = "FP32"
     features: tuple[str, ...] | None = None
     labels: tuple[str, ...]
     reference: str

@@ -1,8 +1,8 @@
 """What callers have, as the bodies that the server reads.
 
-Arrays alone go as they are (`application/octet-stream`, 4 bytes a value): that is the quickest to write and to read, and
-its wishes go into the query. What has a picture in it, and every stream, goes as JSON with base64, because pictures have
-no raw form: the server scales them to what the model takes, so they are sent as files, not as pixels.
+Arrays alone go as they are (`application/octet-stream`, 4 bytes a number, 8 a token): that is the quickest to write and to
+read, and its wishes go into the query. What has a picture in it, and every stream, goes as JSON with base64, because
+pictures have no raw form: the server scales them to what the model takes, so they are sent as files, not as pixels.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Picture: TypeAlias = "bytes | str | os.PathLike[str] | Image.Image"
 Inputs: TypeAlias = "NDArray[Any] | Picture | Sequence[NDArray[Any] | Picture]"
 """One array, of one row or of a batch; one picture; or a sequence of rows, arrays and pictures mixed as they come."""
 
-Row = NDArray[np.float32] | bytes
+Row = NDArray[np.float32 | np.int64] | bytes
 """One row: an array of the model's input shape, little-endian, or the content of an image file."""
 
 _PNG_MODES = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
 
 
 def holds_arrays(inputs: Inputs) -> bool:
-    """Whether `rows_of` needs the model's input shape."""
+    """Whether `rows_of` needs the model's input shape and datatype."""
     return any(isinstance(row, np.ndarray) for row in _as_rows(inputs))
 
 
@@ -45,8 +45,9 @@ def takes_long(inputs: Inputs) -> bool:
     return not all(isinstance(row, np.ndarray | bytes) for row in _as_rows(inputs))
 
 
-def rows_of(inputs: Inputs, shape: tuple[int, ...] | None) -> list[Row]:
-    """The rows of `inputs` for a model that takes `shape`, which may be none if there are no arrays. Reads files.
+def rows_of(inputs: Inputs, shape: tuple[int, ...] | None, datatype: str = "FP32") -> list[Row]:
+    """The rows of `inputs` for a model that takes `shape`, which may be none if there are no arrays, of numbers (FP32) or
+    tokens (INT64). Reads files.
 
     Raises:
         InvalidRequest: there are none; an array has another shape or no numbers; a file cannot be read; something else.
@@ -59,7 +60,7 @@ def rows_of(inputs: Inputs, shape: tuple[int, ...] | None) -> list[Row]:
     rows = _as_rows(inputs)
     if not rows:
         raise InvalidRequest("inputs: expected at least one row, got none")
-    return [_row(row, shape, f"inputs[{index}]") for index, row in enumerate(rows)]
+    return [_row(row, shape, datatype, f"inputs[{index}]") for index, row in enumerate(rows)]
 
 
 def raw_body(rows: Sequence[Row]) -> bytes | None:
@@ -72,7 +73,11 @@ def json_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {"image": base64.b64encode(row).decode()}
         if isinstance(row, bytes)
-        else {"tensor": base64.b64encode(row.tobytes()).decode(), "datatype": "FP32", "shape": list(row.shape)}
+        else {
+            "tensor": base64.b64encode(row.tobytes()).decode(),
+            "datatype": "INT64" if row.dtype.kind == "i" else "FP32",
+            "shape": list(row.shape),
+        }
         for row in rows
     ]
 
@@ -85,15 +90,17 @@ def _as_rows(inputs: Any) -> Sequence[Any]:
     return inputs if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes) else [inputs]
 
 
-def _row(row: Any, shape: tuple[int, ...] | None, where: str) -> Row:
+def _row(row: Any, shape: tuple[int, ...] | None, datatype: str, where: str) -> Row:
     pil = sys.modules.get("PIL.Image")  # whoever has an image of PIL has imported it
     if isinstance(row, np.ndarray):
-        if row.dtype.kind not in "fiu":
-            raise InvalidRequest(f"{where}: expected an array of numbers, got dtype {row.dtype}")
+        tokens = datatype == "INT64"
+        if row.dtype.kind not in ("iu" if tokens else "fiu"):
+            wanted = "tokens, whole numbers" if tokens else "numbers"
+            raise InvalidRequest(f"{where}: expected an array of {wanted}, got dtype {row.dtype}")
         if row.shape != shape:
             raise InvalidRequest(f"{where}: expected shape {_shown(shape)}, got {_shown(row.shape)}")
         with np.errstate(over="ignore"):  # becomes infinity, which the server refuses
-            return np.ascontiguousarray(row, "<f4")
+            return np.ascontiguousarray(row, "<i8" if tokens else "<f4")
     if isinstance(row, bytes):
         return row
     if isinstance(row, str | os.PathLike):

@@ -79,7 +79,7 @@ def require_input(inputs: Sequence[RequestInput], manifest: Manifest, max_rows: 
         got = ", ".join(repr(tensor.name[:40]) for tensor in inputs[:5]) or "none"
         raise BadRequest(f"inputs: expected the one input {spec.name!r}, got {got}")
     (tensor,) = inputs
-    if tensor.datatype not in NUMBERS:
+    if tensor.datatype not in NUMBERS or (spec.datatype == "INT64" and NUMBERS[tensor.datatype].kind not in "iu"):
         raise BadRequest(f"input {spec.name!r}: expected datatype {spec.datatype}, got {tensor.datatype[:40]!r}")
     if len(tensor.shape) != len(spec.shape) or tensor.shape[1:] != list(spec.shape[1:]):
         raise BadRequest(f"input {spec.name!r}: expected shape {list(spec.shape)}, got {str(tensor.shape[:9])[:80]}")
@@ -116,14 +116,15 @@ def raw_values(tensor: RequestInput, raw: bytes, where: str) -> NDArray[Any]:
 
 
 def as_rows(values: NDArray[Any], tensor: RequestInput, manifest: Manifest) -> Rows:
-    """The values of a checked input as `x (rows, *input_shape) float32`, a view of them where that is possible.
+    """The values of a checked input as `x (rows, *input_shape)`, a view of them where that is possible.
 
     Raises:
-        InvalidInput: NaN, infinity or pixels out of range among them.
+        InvalidInput: NaN, infinity, pixels or tokens out of range among them.
     """
     with np.errstate(over="ignore"):  # becomes infinity, which is refused
-        x: Rows = np.require(values.reshape(tensor.shape), np.float32, ["C", "A"])  # the JSON's length may misalign it
-    check_rows(x, tensor.name, pixels=manifest.image is not None)
+        # The length of the JSON before a binary tensor may misalign it.
+        x: Rows = np.require(values.reshape(tensor.shape), manifest.input.code, ["C", "A"])
+    check_rows(x, tensor.name, manifest)
     return x
 
 

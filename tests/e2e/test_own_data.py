@@ -98,6 +98,15 @@ def test_curl_and_hbll_predict_get_a_digit_by_its_folders_name(page: Walked) -> 
     assert answers.count("digit-7") > 0.6 * len(answers)
 
 
+def test_evaluate_writes_what_the_page_says(page: Walked) -> None:
+    assert "Climbing until 90 % confident" in page.printed("hbll evaluate")
+    metrics = json.loads((page.folder / "runs" / "colours" / "metrics.json").read_text())
+    assert metrics.keys() == {"2", "1-2", "2-3", "1-2-3"}
+    assert metrics["1-2-3"]["flops"] > metrics["2"]["flops"] > 0
+    for name in ("accuracy.png", "reliability.png", "tree.png"):
+        assert (page.folder / "runs" / "colours" / name).read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_colour_image_is_the_same_in_every_form(page: Walked) -> None:
     with Image.open(page.image) as image:
         pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / 255

@@ -204,6 +204,8 @@ def test_inspect_and_verify_show_a_whole_bundle(trained: Trained) -> None:
 def test_evaluate_scores_every_path(trained: Trained, tmp_path: Path) -> None:
     done = hbll("evaluate", trained.run, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "Climbing until 90 % confident" in done.stdout
     assert (tmp_path / "metrics.json").exists()
-    with Image.open(tmp_path / "accuracy_over_depth.png") as picture:
-        assert picture.width > 400
+    for name in ("accuracy.png", "reliability.png", "tree.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 400

@@ -18,7 +18,7 @@ import torch
 from scipy.stats import binom
 
 import export.verify
-from export.bundle import choose_paths, costs, export_bundle
+from export.bundle import choose_paths, export_bundle
 from export.certify import EPSILONS, disagreements
 from export.graph import ALIGNMENT
 from export.verify import verify_bundle
@@ -62,7 +62,7 @@ def test_weights_lie_once_and_aligned(trained: Trained) -> None:
             elif tensor.data_type == onnx.TensorProto.FLOAT:
                 assert tensor.name == "no_logits" or not tensor.dims, f"{tensor.name} is a weight inside {file.name}"
     assert sum(length for _, length in places.values()) >= 0.95 * 4 * trained.manifest.offered[Tree(3).full].parameters
-    spans = sorted(places.values())
+    spans = sorted(set(places.values()))  # equal weights lie once
     assert all(a + length <= b for (a, length), (b, _) in pairwise(spans))
     assert (trained.bundle / "weights.bin").stat().st_size == spans[-1][0] + spans[-1][1]
 
@@ -290,15 +290,7 @@ def test_paths_that_do_not_exist_or_were_not_trained_are_refused() -> None:
         choose_paths(Tree(3), {(4,): 0.5}, "4-6")
 
 
-def test_costs_add_up(trained: Trained) -> None:
-    _, family, _ = load_family(trained.run)
-    flops, parameters = costs(family, torch.zeros(1, 28, 28))
-    assert parameters.of(family.tree.full) == sum(p.numel() for p in family.parameters())
-    # one block of width 16 on 4 tokens: qkv, scores, mixing, projection, up, down; a multiply-add counts two
-    assert flops.blocks[1] == 2 * (4 * 16 * 48 + 4 * 4 * 16 + 4 * 4 * 16 + 4 * 16 * 16 + 2 * 4 * 16 * 16)
-
-
 def test_manifest_is_plain_json(trained: Trained) -> None:
     content = json.loads((trained.bundle / "manifest.json").read_text())
-    assert content["format_version"] == "1.1"
+    assert content["format_version"] == "1.2"
     assert {"torch", "onnx"} <= content["provenance"]["libraries"].keys()

@@ -118,6 +118,14 @@ def test_a_shape_without_axes_is_refused(bundle: Path) -> None:
         load_manifest(bundle)
 
 
+@pytest.mark.parametrize(("datatype", "vocabulary"), [("INT64", None), ("FP32", 256)])
+def test_a_vocabulary_goes_with_tokens(bundle: Path, datatype: str, vocabulary: int | None) -> None:
+    shape = json.loads((bundle / MANIFEST_FILE).read_text())["input"]["shape"]
+    _edit(bundle, input={"name": "x", "datatype": datatype, "shape": shape}, vocabulary=vocabulary)
+    with pytest.raises(BundleError, match="expected a vocabulary for tokens, INT64, and for nothing else"):
+        load_manifest(bundle)
+
+
 def test_paths_must_be_of_the_tree(bundle: Path) -> None:
     content = json.loads((bundle / MANIFEST_FILE).read_text())
     content["paths"][0]["path"] = "1-3"

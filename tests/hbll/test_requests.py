@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -53,6 +54,20 @@ def test_arrays_become_rows_of_little_endian_singles(inputs: object, rows: list[
     assert request.headers["Content-Type"] == "application/octet-stream"
     assert request.body is not None
     np.testing.assert_array_equal(np.frombuffer(request.body, "<f4").reshape(-1, *SHAPE), rows)
+
+
+def test_arrays_for_a_model_of_tokens_become_rows_of_whole_numbers() -> None:
+    tokens = np.array([[1, 2, 3], [4, 5, 400]], np.uint16)
+    (row,) = rows_of(tokens, SHAPE, "INT64")
+    assert predict_request("m", [row], {}).body == tokens.astype("<i8").tobytes()
+    (sent,) = json.loads(stream_request("m", [row], {}).body or b"")["inputs"]
+    assert sent == {
+        "tensor": base64.b64encode(tokens.astype("<i8").tobytes()).decode(),
+        "datatype": "INT64",
+        "shape": [2, 3],
+    }
+    with pytest.raises(InvalidRequest, match="expected an array of tokens, whole numbers, got dtype float32"):
+        rows_of(ROW, SHAPE, "INT64")
 
 
 def test_pictures_are_sent_as_files_whatever_they_come_as(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from family.manifest import Manifest
 from service.errors import InvalidInput
 from service.inputs import Decoder
 from tests.fakes import fake_manifest
@@ -83,3 +84,37 @@ def test_the_images_of_a_request_share_one_allowance() -> None:
 def test_a_list_of_the_wrong_length_is_not_walked() -> None:
     with pytest.raises(InvalidInput, match=r"expected numbers of shape \[2, 2\], got shape \[1000000, ...\]"):
         Decoder(MANIFEST, 1).decode([[0.5] * 1_000_000])
+
+
+TOKENS = Manifest.model_validate(
+    MANIFEST.model_dump() | {"image": None, "vocabulary": 300, "input": {"name": "x", "datatype": "INT64", "shape": (-1, 3)}}
+)  # fmt: skip
+
+
+def _tensor(values: list[int], datatype: str, code: str) -> dict[str, object]:
+    return {"tensor": base64.b64encode(np.array(values, code).tobytes()).decode(), "datatype": datatype, "shape": [3]}
+
+
+def test_tokens_come_as_lists_and_as_tensors() -> None:
+    rows = Decoder(TOKENS, 0).decode([[0, 299, 7], _tensor([0, 299, 7], "INT64", "<i8")])
+    assert rows.dtype == np.int64
+    assert rows.tolist() == [[0, 299, 7]] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([0, 1, 300], "expected tokens between 0 and 299, got values from 0 to 300"),
+        ([0, 1, -1], "expected tokens between 0 and 299, got values from -1 to 1"),
+        ([2**64 - 1] * 3, "expected tokens between 0 and 299"),
+        ([0, 1, 2**64 - 1], "expected tokens of shape"),
+        ([0, 1, 2**65], "expected tokens of shape"),
+        ([0, 1, 0.5], "expected tokens of shape \\[3\\], got other values among them"),
+        ([True, False, True], "expected tokens of shape \\[3\\], got other values among them"),
+        (_tensor([0, 1, 2], "FP32", "<f4"), "datatype: expected INT64, got 'FP32'"),
+        (_tensor([0, 1, 2], "INT64", "<i4"), "expected 24 bytes for INT64 of shape"),
+    ],
+)
+def test_what_is_no_token_is_refused(row: object, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Decoder(TOKENS, 0).decode([row])

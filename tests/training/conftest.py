@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.training import published
 from training.data_config import ArraysConfig
 from training.dataset import Dataset
 from training.sources import load_data
+
+publish = published.publish
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -200,21 +201,92 @@ def test_the_paper_knows_what_its_tables_say() -> None:
     assert published.TABLE9["0-4-6-8 (2 blocks)", "HBLL"] == 24.08
 
 
-def test_every_scale_of_every_experiment_has_trials_of_different_names(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("text " * 100)
+def test_every_scale_of_every_experiment_has_trials_of_different_names(publish: Path, tmp_path: Path) -> None:
     for name, make in reproduce.EXPERIMENTS.items():
         for scale in ("smoke", "small", "paper"):
-            experiment = make(scale, tmp_path)
+            experiment = make(scale, publish if scale == "paper" else None)
+            assert experiment.stand_in == (scale != "paper" and name != "fig3")
             names = [trial.name for trial in experiment.trials]
             assert experiment.name == name
             assert len(names) == len(set(names)) > 1
             assert experiment.published
 
 
-def test_the_papers_language_model_asks_for_its_text() -> None:
-    result = CliRunner().invoke(main, ["reproduce", "table9", "--scale", "paper"])
-    assert result.exit_code == 1
-    assert "give their folder as --data" in result.output
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("table1", "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz"),
+        ("table3", "cifar-10-binary.tar.gz"),
+        ("table6", "train-images-idx3-ubyte.gz"),
+        ("table7", "cifar-10-binary.tar.gz"),
+        ("table8", "cifar-100-binary.tar.gz"),
+        ("table9", "wikitext-103-raw-v1.zip"),
+    ],
+)
+def test_the_papers_scale_asks_for_the_papers_files(name: str, files: str, tmp_path: Path) -> None:
+    asked = _run("reproduce", name, "--scale", "paper")
+    assert f"{name} at scale paper reads" in asked
+    assert files in asked
+    assert "--download fetches what it lacks" in asked
+    if name != "table9":  # which takes other text files, too
+        assert files.split(", ")[0] in _run("reproduce", name, "--scale", "paper", "--data", str(tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+def _run(*arguments: str) -> str:
+    """What a command that fails says, on one line."""
+    done = CliRunner().invoke(main, [*arguments])
+    assert done.exit_code != 0, done.output
+    assert isinstance(done.exception, SystemExit), done.exception
+    return " ".join(done.output.split())
+
+
+def test_the_papers_files_are_fetched_only_when_that_is_said(
+    publish: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "data", str(tmp_path / "out")
+    folder.mkdir()
+    ran = []
+    nothing = _experiment(Known(name="one", values={"BP": 1.5}), name="table7")
+    for name, make in (("table7", reproduce.table7), ("table9", reproduce.table9)):
+        monkeypatch.setitem(reproduce.EXPERIMENTS, name, lambda *given, make=make: ran.append(make(*given)) or nothing)
+    command = ["reproduce", "table7", "table9", "--scale", "paper", "--data", str(folder), "--out", out]
+    assert "CIFAR-10 needs" in _run(*command)
+    assert list(folder.iterdir()) == []
+    done = CliRunner().invoke(main, [*command, "--download"])
+    assert done.exit_code == 0, done.output
+    assert {file.name for file in folder.iterdir()} == {"cifar-10-binary.tar.gz", "wikitext-103-raw-v1.zip"}
+    seven, nine = ran
+    assert "CIFAR-10, all of its test images" in seven.data
+    assert nine.data.startswith("WikiText-103, in train, validation and test")
+    assert "it goes with both" in _run("reproduce", "table7", "--download")
+    assert "it goes with both" in _run("reproduce", "table7", "--scale", "paper", "--download")
+
+
+def test_the_papers_trials_train_on_the_papers_data(publish: Path, tmp_path: Path) -> None:
+    """Their configurations, made small: one family of each kind of image, and a recurrent network."""
+    for name, labels in (("table1", 10), ("table3", 10), ("table8", 100)):
+        trial = reproduce.EXPERIMENTS[name]("paper", publish).trials[-1]
+        assert isinstance(trial, FamilyTrial)
+        small: dict[str, object] = {"width": 12, "hidden": 12, "heads": 2} if name != "table1" else {"width": 8}
+        config = trial.config.model_copy(
+            update={
+                "model": trial.config.model.model_copy(update=small | {"hierarchy_depth": 3}),
+                "train": trial.config.train.model_copy(update={"budget": 6.0, "batch": 16}),
+            }
+        )
+        paths = [reading.model_copy(update={"paths": ("4-6",)}) for reading in trial.readings]
+        cells = run_trial(trial.model_copy(update={"config": config, "readings": tuple(paths)}), tmp_path / name).cells
+        assert all(0 <= cell.value <= 100 for cell in cells)
+        spec = (tmp_path / name / "runs" / trial.name / "data.json").read_text()
+        assert len(json.loads(spec)["labels"]) == labels
+        assert json.loads(spec)["description"].startswith(("MNIST", "CIFAR"))
+    trial = reproduce.EXPERIMENTS["table6"]("paper", publish).trials[-1]
+    assert isinstance(trial, RnnTrial)
+    assert trial.recipe.steps == 200 * (180 // 128), "200 epochs of the 200 images, without those that are held out"
+    recipe = trial.recipe.model_copy(update={"steps": 4, "batch": 16})
+    result = run_trial(trial.model_copy(update={"width": 4, "hierarchy_depth": 3, "recipe": recipe}), tmp_path)
+    assert all(cell.row.startswith("sMNIST") for cell in result.cells)
 
 
 def test_settings_that_no_trial_has_are_refused() -> None:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.config import TrainConfig
-from training.language import CausalBlocks, GptConfig, build_gpt
+from training.config import ConfigError, RunConfig, TrainConfig, VitConfig
+from training.dataset import DataSpec
+from training.digits import DIGITS
+from training.language import CausalBlocks, GptConfig, build_gpt, build_windows
 from training.methods import METHODS, Context
-from training.model import Family
+from training.model import Family, build_family
 from training.objective import hbll_step
 
 SMALL = GptConfig(hierarchy_depth=3, context=8, width=8, heads=2)
@@ -50,6 +52,29 @@ def test_windows_of_a_batch_do_not_see_each_other(config: GptConfig) -> None:
     together = family(x, (4, 6))
     alone = torch.cat([family(x[i : i + 1], (4, 6)) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+SPEC = DataSpec(description="text", input_shape=(8,), labels=tuple("abcdefghijk"), vocabulary=11)
+
+
+@BOTH
+def test_the_family_that_is_served_predicts_what_follows_each_window(config: GptConfig) -> None:
+    trained, (x, _) = build_gpt(config, 11, seed=0), _batch()
+    served = build_windows(config, SPEC, seed=1)
+    served.load_state_dict(trained.state_dict())
+    for path in trained.tree.paths():
+        last = trained(x, path).unflatten(0, (3, 8))[:, -1]
+        torch.testing.assert_close(served(x, path), last, rtol=1e-5, atol=1e-6)
+
+
+def test_models_of_text_and_of_numbers_take_no_others_rows() -> None:
+    with pytest.raises(ConfigError, match=r"takes windows of 8 tokens .*got rows of \[28, 28\] of digits"):
+        build_family(SMALL, 0, DIGITS)
+    with pytest.raises(ConfigError, match=r"got rows of \[9\]"):
+        build_family(SMALL, 0, SPEC.model_copy(update={"input_shape": (9,)}))
+    for config in (VitConfig(), RunConfig.model_validate({"model": {"kind": "mlp"}}).model):
+        with pytest.raises(ValueError, match=r"takes square images|rows of tokens have no mean"):
+            build_family(config, 0, SPEC)
 
 
 @BOTH

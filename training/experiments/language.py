@@ -12,15 +12,20 @@ from torch import Tensor
 
 from family.tree import Path as TreePath
 from family.tree import Tree
-from training.config import ConfigError, MethodName, TrainConfig
+from training.checkpoint import save_config, save_spec
+from training.config import GptConfig, MethodName, RunConfig, TrainConfig
+from training.data_config import TextConfig
+from training.dataset import DataSpec
 from training.evaluate import path_logits, score
 from training.experiments import published
 from training.experiments.experiment import Cell, Experiment, OnShare, Scale, Trial
-from training.language import CausalBlocks, GptConfig, build_gpt
+from training.experiments.source import require_folder
+from training.language import CausalBlocks, build_gpt
 from training.loop import Recipe, device, fit
 from training.methods import METHODS, Context
 from training.model import Family
-from training.text import Corpus, Text, Tokens, embedded_text, encode, read_text
+from training.publications import TEXTS
+from training.text import Corpus, Text, Tokens, encode, text_of, windows_spec
 
 WINDOWS_AT_ONCE = 64
 """When scoring."""
@@ -49,7 +54,10 @@ class TextTrial(Trial):
 
     def measure(self, folder: Path, on_share: OnShare) -> list[Cell]:
         """Train on random windows; score all windows of the test split."""
-        corpus = encode(_text(self.folder), self.vocabulary, folder / "tokenizer.json")
+        text = _text(self.folder)
+        tokenizer = folder / "tokenizer.json"
+        corpus = encode(text, self.vocabulary, tokenizer)
+        self._describe(folder, windows_spec(text, corpus, self.model.context), tokenizer)
         family = build_gpt(self.model, corpus.vocabulary, self.recipe.seed).to(device())
         self._train(family, corpus, folder, on_share)
         paths = table_paths(family.tree)
@@ -61,6 +69,15 @@ class TextTrial(Trial):
             for name, path in paths.items()
         ]
 
+    def _describe(self, folder: Path, spec: DataSpec, tokenizer: Path) -> None:
+        """Leave what `hbll evaluate` and `hbll export` read of a run: they take whole windows as rows."""
+        data = TextConfig(
+            context=self.model.context, folder=self.folder, tokenizer=None if self.vocabulary is None else tokenizer
+        )
+        settings = self.settings.model_copy(update={"seed": self.recipe.seed})
+        save_config(folder, RunConfig(name="text", model=self.model, data=data, train=settings))
+        save_spec(folder, spec)
+
     def _train(self, family: Family, corpus: Corpus, folder: Path, on_share: OnShare) -> None:
         method, generator = METHODS[self.settings.method], torch.Generator()
 
@@ -71,7 +88,9 @@ class TextTrial(Trial):
             with torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda"):
                 return method.step(context, x.to(device()), y.to(device())).loss
 
-        fit(family, self.recipe, step, folder, on_share)
+        rows = self.recipe.batch * self.model.context
+        evaluations = round(method.evaluations(self.settings, family.tree) * rows)
+        fit(family, self.recipe, step, folder, on_share, evaluations)
 
     def _figure(self, nats: float, tokens: Tokens) -> float:
         return math.exp(nats) if self.perplexity else nats / math.log(2) / tokens.bytes_each
@@ -100,7 +119,7 @@ def score_windows(family: Family, tokens: Tokens, paths: tuple[TreePath, ...]) -
 
 @lru_cache
 def _text(folder: Path | None) -> Text:
-    return embedded_text() if folder is None else read_text(folder)
+    return text_of(folder)
 
 
 def table9(scale: Scale, folder: Path | None) -> Experiment:
@@ -112,8 +131,7 @@ def table9(scale: Scale, folder: Path | None) -> Experiment:
         case "small":
             model, batch, steps = GptConfig(context=64, width=64, heads=4), 16, 1500
         case "paper":
-            if folder is None:
-                raise ConfigError("table9 at scale paper reads WikiText-103 from text files: give their folder as --data")
+            folder = require_folder("table9", folder)
             model, batch = GptConfig(context=1024, width=768, heads=12, positions=True), 2
             steps = 10 * WIKITEXT103_TOKENS // (batch * model.context)
     recipe = Recipe(
@@ -154,9 +172,9 @@ def table9(scale: Scale, folder: Path | None) -> Experiment:
         scale=scale,
         title="a GPT family by depth, and separately trained networks",
         quantity="perplexity of test tokens" if perplexity else "bits per byte of test text",
-        data=f"{text.description}, cut into train, validation and test; width {model.width}, {model.heads} heads, context "
+        data=f"{text.description}, in train, validation and test; width {model.width}, {model.heads} heads, context "
         f"{model.context}, batch {batch}, AdamW {recipe.lr:g}, {steps:,} steps for BP and HBLL.",
-        stand_in=not perplexity,
+        stand_in=text.description != TEXTS["wikitext103"].title,
         trials=tuple(trials),
         published=published.TABLE9,
         published_quantity="" if perplexity else "perplexity",

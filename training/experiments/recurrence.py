@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from family.tree import Tree
-from training.data_config import DigitsConfig
-from training.dataset import Split
-from training.digits import DIGITS, TRAINING_IMAGES
+from training.data_config import DataConfig, DigitsConfig
+from training.dataset import DataSpec, Split
+from training.digits import DIGITS
 from training.experiments import published
 from training.experiments.experiment import Cell, Experiment, OnShare, Scale, Trial
-from training.experiments.families import DIGITS_USED, data_of
+from training.experiments.source import data_of, describe, images
 from training.loop import Recipe, device, fit, rows_at
 from training.rnn import CellName, ChainRnn, FusedGru, TreeRnn, as_sequence, bptt_step, tree_step
 
@@ -28,9 +28,9 @@ PERMUTATION_SEED = 0
 """Of psMNIST's one order of pixels, the same for every run."""
 
 
-def sequences(split: Split, task: Task, steps: int) -> Tensor:
+def sequences(split: Split, spec: DataSpec, task: Task, steps: int) -> Tensor:
     """Normalised pixels as `(rows, steps, features) float32`; zeros fill up the last step."""
-    pixels, (mean, std) = split.x[0].numel(), DIGITS.constants()
+    pixels, (mean, std) = split.x[0].numel(), spec.constants()
     order = torch.from_numpy(np.random.default_rng(PERMUTATION_SEED).permutation(pixels)) if task == "psMNIST" else None
     return as_sequence((split.x - mean) / std, steps, order)
 
@@ -38,6 +38,7 @@ def sequences(split: Split, task: Task, steps: int) -> Tensor:
 class RnnTrial(Trial):
     """One recurrent network on one task; `sweeps` is K of the consistency stage."""
 
+    data: DataConfig = DigitsConfig(shift=0)
     task: Task
     cell: CellName
     hierarchy_depth: int
@@ -48,10 +49,10 @@ class RnnTrial(Trial):
 
     def measure(self, folder: Path, on_share: OnShare) -> list[Cell]:
         """Train and read out: the deployed chain and the tree, or the chain that backpropagation trained."""
-        data, tree = data_of(DigitsConfig(shift=0)), Tree(self.hierarchy_depth)
-        x = sequences(data.train, self.task, tree.n).to(device())
+        data, tree = data_of(self.data), Tree(self.hierarchy_depth)
+        x = sequences(data.train, data.spec, self.task, tree.n).to(device())
         y = data.train.labels.to(device())
-        shape = x.shape[2], self.width, len(DIGITS.labels), self.recipe.seed
+        shape = x.shape[2], self.width, len(data.spec.labels), self.recipe.seed
         model: TreeRnn | ChainRnn | FusedGru
         match self.method:
             case "hbll":
@@ -68,7 +69,7 @@ class RnnTrial(Trial):
             return bptt_step(model, x[rows], y[rows])
 
         fit(model, self.recipe, step, folder, on_share)
-        test, labels = sequences(data.test, self.task, tree.n).to(device()), data.test.labels.to(device())
+        test, labels = sequences(data.test, data.spec, self.task, tree.n).to(device()), data.test.labels.to(device())
 
         def cell(column: str, logits: Tensor) -> Cell:
             accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
@@ -83,9 +84,11 @@ class RnnTrial(Trial):
             return [cell(column, model.roll(test))]
 
 
-def table6(scale: Scale) -> Experiment:
+def table6(scale: Scale, folder: Path | None) -> Experiment:
     """HBLL-RNN on sequential and permuted MNIST against backpropagation through time with the same cell."""
     width, epochs = {"smoke": (16, 1), "small": (128, 20), "paper": (2048, 200)}[scale]
+    data = images("table6", scale, folder, DigitsConfig(shift=0))
+    rows = len(data_of(data).train)
     depths: dict[CellName, tuple[int, ...]] = {
         "smoke": {"gru": (3,), "elman": (3,)},
         "small": {"gru": (3, 4, 5), "elman": (3, 4, 5)},
@@ -105,6 +108,7 @@ def table6(scale: Scale) -> Experiment:
                     trials += [
                         RnnTrial(
                             name=f"{task}-{cell}-D{depth}-{method}-seed{seed}",
+                            data=data,
                             task=task,
                             cell=cell,
                             hierarchy_depth=depth,
@@ -112,7 +116,7 @@ def table6(scale: Scale) -> Experiment:
                             method=method,
                             sweeps=sweeps,
                             recipe=Recipe(
-                                steps=epochs * (TRAINING_IMAGES // batch),
+                                steps=epochs * (rows // batch),
                                 batch=batch,
                                 lr=1e-3,
                                 weight_decay=1e-4,
@@ -127,8 +131,8 @@ def table6(scale: Scale) -> Experiment:
         scale=scale,
         title="HBLL-RNN on sequential and permuted sequential MNIST",
         quantity="test accuracy, %",
-        data=f"{DIGITS_USED}; hidden {width}, {epochs} epoch(s), batch {batch}, AdamW 1e-3, weight decay 1e-4, clip 5.",
-        stand_in=True,
+        data=f"{describe(data)}; hidden {width}, {epochs} epoch(s), batch {batch}, AdamW 1e-3, weight decay 1e-4, clip 5.",
+        stand_in=scale != "paper",
         trials=tuple(trials),
         published=published.TABLE6,
         notes=(

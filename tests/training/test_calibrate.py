@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.calibrate import calibration_error, cross_entropy, fit_temperature, measure
+from training.calibrate import calibration_error, cross_entropy, fit_temperature, measure, reliability
 
 
 @given(st.floats(0.3, 5.0), st.integers(0, 1000))
@@ -32,6 +32,15 @@ def test_calibration_error_by_hand() -> None:
     # bins: four rows at 0.95, three right; two at 0.55, one right
     assert calibration_error(confidence, correct) == pytest.approx((4 * 0.20 + 2 * 0.05) / 6)
     assert calibration_error(np.ones(3), np.ones(3, bool)) == 0
+
+
+def test_the_bins_of_a_reliability_diagram_make_up_the_calibration_error() -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.3, 1.0, 500)
+    correct = rng.random(500) < confidence**2
+    means, accuracy, rows = reliability(confidence, correct)
+    assert rows.sum() == 500
+    assert (rows * np.abs(means - accuracy)).sum() / 500 == pytest.approx(calibration_error(confidence, correct))
 
 
 def test_metrics_compare_with_the_reference() -> None:

@@ -1,17 +1,7 @@
-"""Small files in the published formats; the real ones differ in size alone."""
-
 from __future__ import annotations
 
-import gzip
 import hashlib
-import http.server
-import io
-import struct
-import tarfile
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,87 +10,11 @@ import torch
 from click.testing import CliRunner
 
 from hbll.cli import main
-from training.data_config import PublishedConfig
+from tests.training.published import DIGITS, NAMES, TEN, tar
+from training.data_config import PublishedConfig, TextConfig
 from training.dataset import DataError
-from training.published import PUBLICATIONS, download
+from training.publications import IMAGES, TEXTS, download
 from training.sources import load_data
-
-RNG = np.random.default_rng(0)
-
-
-def _idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def _cifar(labels: np.ndarray, pixels: np.ndarray) -> bytes:
-    """`labels` (rows, label bytes), `pixels` (rows, 3, 32, 32)."""
-    return np.concatenate([labels, pixels.reshape(len(pixels), -1)], axis=1).astype(np.uint8).tobytes()
-
-
-def _tar(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-DIGITS = {
-    part: (RNG.integers(0, 256, (rows, 28, 28), np.uint8), np.arange(rows) % 10)
-    for part, rows in (("train", 200), ("t10k", 50))
-}
-TEN = [(np.arange(20)[:, None] % 10, RNG.integers(0, 256, (20, 3, 32, 32), np.uint8)) for _ in range(6)]
-NAMES = [f"thing {n}" for n in range(10)]
-HUNDRED_LABELS = np.stack([np.arange(400) % 20, np.arange(400) % 100], axis=1)
-HUNDRED_PIXELS = RNG.integers(0, 256, (400, 3, 32, 32), np.uint8)
-
-
-def files_of(kind: str) -> dict[str, bytes]:
-    if kind == "mnist":
-        return {
-            f"{part}-{what}-ubyte.gz": gzip.compress(_idx(array.astype(np.uint8)))
-            for part, arrays in DIGITS.items()
-            for what, array in zip(("images-idx3", "labels-idx1"), arrays, strict=True)
-        }
-    if kind == "cifar10":
-        names = (*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin")
-        members = {f"cifar-10-batches-bin/{name}": _cifar(*part) for name, part in zip(names, TEN, strict=True)}
-        meta = ("\n".join(NAMES) + "\n\n").encode()  # the published file ends with an empty line
-        return {"cifar-10-binary.tar.gz": _tar(members | {"cifar-10-batches-bin/batches.meta.txt": meta})}
-    content = _cifar(HUNDRED_LABELS, HUNDRED_PIXELS)
-    fine = "\n".join(f"fine {n}" for n in range(100)).encode()
-    members = {"train.bin": content, "test.bin": content[: 3074 * 100], "fine_label_names.txt": fine}
-    return {"cifar-100-binary.tar.gz": _tar({f"cifar-100-binary/{name}": data for name, data in members.items()})}
-
-
-@pytest.fixture
-def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Our small files are the published ones: their MD5 is what is expected, a server of ours has them."""
-    served = tmp_path / "served"
-    served.mkdir()
-    handler = partial(_Quiet, directory=str(served))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    for kind, publication in PUBLICATIONS.items():
-        files = files_of(kind)
-        assert files.keys() == publication.files.keys()
-        for name, content in files.items():
-            (served / name).write_bytes(content)
-        digests = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-        small = replace(publication, url=f"http://127.0.0.1:{server.server_port}/", files=digests)
-        monkeypatch.setitem(PUBLICATIONS, kind, small)
-    yield served
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 def test_mnist_is_read_from_its_idx_files(publish: Path) -> None:
@@ -143,24 +57,38 @@ def test_a_file_that_is_missing_or_not_the_published_one_is_named(publish: Path)
 
 
 def test_an_archive_that_lacks_a_part_is_named(publish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = _tar({"cifar-100-binary/train.bin": b""})
+    content = tar({"cifar-100-binary/train.bin": b""})
     (publish / "cifar-100-binary.tar.gz").write_bytes(content)
     digests = {"cifar-100-binary.tar.gz": hashlib.md5(content).hexdigest()}
-    monkeypatch.setitem(PUBLICATIONS, "cifar100", replace(PUBLICATIONS["cifar100"], files=digests))
+    monkeypatch.setitem(IMAGES, "cifar100", replace(IMAGES["cifar100"], files=digests))
     with pytest.raises(DataError, match=r"cifar-100-binary.tar.gz lacks cifar-100-binary/"):
         load_data(PublishedConfig(kind="cifar100", folder=publish))
+
+
+def test_wikitext_is_read_from_its_archive(publish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_data(TextConfig(folder=publish, context=5))
+    assert data.spec.description == "text: WikiText-103"
+    assert bytes(data.test.x[0].tolist()) == b"None "
+    file = publish / "wikitext-103-raw-v1.zip"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"wikitext-103-raw-v1.zip is not the published file"):
+        load_data(TextConfig(folder=publish, context=5))
+    digests = {file.name: hashlib.md5(file.read_bytes()).hexdigest()}
+    monkeypatch.setitem(TEXTS, "wikitext103", replace(TEXTS["wikitext103"], files=digests))
+    with pytest.raises(DataError, match=r"wikitext-103-raw-v1.zip cannot be read"):
+        load_data(TextConfig(folder=publish, context=5))
 
 
 def test_what_is_not_there_is_fetched_and_nothing_else(publish: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "mnist"
     config = PublishedConfig(kind="mnist", folder=folder)
     told: dict[str, tuple[int, int | None]] = {}
-    download(config, lambda name, done, total: told.__setitem__(name, (done, total)))
-    assert {file.name for file in folder.iterdir()} == PUBLICATIONS["mnist"].files.keys() == told.keys()
+    download(IMAGES[config.kind], config.folder, lambda name, done, total: told.__setitem__(name, (done, total)))
+    assert {file.name for file in folder.iterdir()} == IMAGES["mnist"].files.keys() == told.keys()
     assert all(done == total for done, total in told.values())
     assert len(load_data(config).test) == 50
     told.clear()
-    download(config, lambda name, done, total: told.__setitem__(name, (done, total)))
+    download(IMAGES[config.kind], config.folder, lambda name, done, total: told.__setitem__(name, (done, total)))
     assert told == {}
 
 
@@ -168,10 +96,10 @@ def test_a_download_that_is_another_file_leaves_nothing(publish: Path, tmp_path:
     config = PublishedConfig(kind="cifar10", folder=tmp_path / "new")
     (publish / "cifar-10-binary.tar.gz").write_bytes(b"an apology")
     with pytest.raises(DataError, match=r"cifar-10-binary.tar.gz is not the published file"):
-        download(config, lambda *_: None)
+        download(IMAGES[config.kind], config.folder, lambda *_: None)
     (publish / "cifar-10-binary.tar.gz").unlink()
     with pytest.raises(DataError, match=r"cannot download http.*cifar-10-binary.tar.gz.*404"):
-        download(config, lambda *_: None)
+        download(IMAGES[config.kind], config.folder, lambda *_: None)
     assert list((tmp_path / "new").iterdir()) == []
 
 

@@ -1,7 +1,7 @@
-"""MNIST, CIFAR-10 and CIFAR-100 as their authors publish them: files in a folder, each checked against its MD5.
+"""MNIST, CIFAR-10, CIFAR-100 and WikiText-103 as they are published: files in a folder, each checked against its MD5.
 
-The formats are MNIST's IDX files and CIFAR's binary version, so nothing is unpickled. Archives are read where they are and
-never unpacked. Nothing is downloaded unless `download` is called.
+The formats are MNIST's IDX files, CIFAR's binary version and WikiText's text, so nothing is unpickled. Archives are read
+where they are and never unpacked. Nothing is downloaded unless `download` is called.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import struct
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,12 +42,27 @@ class _Images(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """Where a data set is published, its files with their MD5 (the authors', or for MNIST torchvision's), and how they are
-    read: from the folder, its training and test images and the names of its classes."""
+    """Where a data set is published, and its files with their MD5: the authors', for MNIST torchvision's, and for
+    WikiText-103 the one that its users agree on."""
 
     title: str
     url: str
     files: dict[str, str]
+
+    def require(self, folder: Path) -> None:
+        """Check that all files are in `folder`, and are the published ones.
+
+        Raises:
+            DataError: one is not; the message names it, and says where it is published.
+        """
+        for name, md5 in self.files.items():
+            _require(folder / name, md5, self)
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePublication(Publication):
+    """A published set of images. `read`: from the folder, the training and test images and the names of the classes."""
+
     read: Callable[[Path], tuple[_Images, _Images, tuple[str, ...]]]
 
 
@@ -56,9 +72,8 @@ def load_published(config: PublishedConfig) -> Dataset:
     Raises:
         DataError: a file is missing, or is not the published one; the message names it.
     """
-    publication = PUBLICATIONS[config.kind]
-    for name, md5 in publication.files.items():
-        _require(config.folder / name, md5, publication)
+    publication = IMAGES[config.kind]
+    publication.require(config.folder)
     train, test, labels = publication.read(config.folder)
     drawn = stratify(train.classes, config.shares, labels, config.seed)
     splits = {name: _split(train.pixels[rows], train.classes[rows]) for name, rows in drawn.items()}
@@ -82,18 +97,37 @@ def load_published(config: PublishedConfig) -> Dataset:
     )
 
 
-def download(config: PublishedConfig, report: Callable[[str, int, int | None], None]) -> None:
-    """Fetch the files that `config.folder` lacks. Each appears whole, once its MD5 is right.
+def read_wikitext(folder: Path) -> tuple[str, str, str]:
+    """The text of WikiText-103's training, validation and test split, from the archive in `folder`.
+
+    Raises:
+        DataError: the archive is missing, or is not the published one.
+    """
+    publication = TEXTS["wikitext103"]
+    publication.require(folder)
+    (name,) = publication.files
+    file = folder / name
+    try:
+        with zipfile.ZipFile(file) as archive:
+            train, validation, test = (
+                archive.read(f"wikitext-103-raw/wiki.{split}.raw").decode() for split in ("train", "valid", "test")
+            )
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as exc:
+        raise DataError(f"{file} cannot be read: {exc}") from exc
+    return train, validation, test
+
+
+def download(publication: Publication, folder: Path, report: Callable[[str, int, int | None], None]) -> None:
+    """Fetch the files of a publication that `folder` lacks. Each appears whole, once its MD5 is right.
 
     `report` is told a file's name, the bytes that are there of it, and how many there will be, if the server says so.
 
     Raises:
         DataError: the server does not answer, or sends another file; the message names it.
     """
-    publication = PUBLICATIONS[config.kind]
-    config.folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, md5 in publication.files.items():
-        target = config.folder / name
+        target = folder / name
         if target.exists():
             continue
         temporary = target.with_name(f".{name}.part")
@@ -131,7 +165,7 @@ def _require(file: Path, md5: str, publication: Publication) -> None:
     except OSError as exc:
         raise DataError(
             f"{publication.title} needs {file}, which cannot be read ({exc.strerror}): put the file from {publication.url} "
-            "there, or let `hbll train --download` fetch it"
+            "there, or let --download fetch it"
         ) from exc
     if digest.hexdigest() != md5:
         raise DataError(f"{file} is not the published file: expected MD5 {md5}, got {digest.hexdigest()}: fetch it again")
@@ -202,8 +236,8 @@ def _records(content: bytes, label_bytes: int) -> _Images:
     return _Images(pixels, records[:, label_bytes - 1].astype(np.int64))
 
 
-PUBLICATIONS: dict[str, Publication] = {
-    "mnist": Publication(
+IMAGES: dict[str, ImagePublication] = {
+    "mnist": ImagePublication(
         "MNIST",
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         {
@@ -214,7 +248,7 @@ PUBLICATIONS: dict[str, Publication] = {
         },
         _read_mnist,
     ),
-    "cifar10": Publication(
+    "cifar10": ImagePublication(
         "CIFAR-10",
         "https://www.cs.toronto.edu/~kriz/",
         {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
@@ -227,10 +261,18 @@ PUBLICATIONS: dict[str, Publication] = {
             1,
         ),
     ),
-    "cifar100": Publication(
+    "cifar100": ImagePublication(
         "CIFAR-100",
         "https://www.cs.toronto.edu/~kriz/",
         {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
         _read_cifar("cifar-100-binary.tar.gz", "cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 2),
+    ),
+}
+
+TEXTS: dict[str, Publication] = {
+    "wikitext103": Publication(
+        "WikiText-103",
+        "https://wikitext.smerity.com/",
+        {"wikitext-103-raw-v1.zip": "0ca3512bd7a238be4a63ce7b434f8935"},
     ),
 }

@@ -40,18 +40,37 @@ def calibration_error(confidence: NDArray[np.floating], correct: NDArray[np.bool
 
     Both arrays are `(rows,)`.
     """
-    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=_BINS)
+    gaps = np.bincount(_bins(confidence), weights=correct - confidence, minlength=_BINS)
     return float(np.abs(gaps).sum() / len(confidence))
+
+
+def confidences(logits: Logits, labels: Labels, temperature: float) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The probability that `softmax(logits / temperature)` gives each row's answer, and whether it is right; `(rows,)`."""
+    probabilities: NDArray[np.float64] = np.exp(log_softmax(logits.astype(np.float64) / temperature, axis=1))
+    return probabilities.max(axis=1), logits.argmax(axis=1) == labels
+
+
+def reliability(
+    confidence: NDArray[np.floating], correct: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Mean confidence, accuracy and number of rows of every bin that has rows: what `calibration_error` is made of."""
+    bins = _bins(confidence)
+    rows = np.bincount(bins, minlength=_BINS)
+    filled = rows > 0
+    means = [np.bincount(bins, weights=values, minlength=_BINS)[filled] / rows[filled] for values in (confidence, correct)]
+    return means[0], means[1], rows[filled]
 
 
 def measure(logits: Logits, labels: Labels, reference_logits: Logits, temperature: float) -> Metrics:
     """A path's metrics on one split, its probabilities scaled by `temperature`."""
-    answers = logits.argmax(axis=1)
-    probabilities = np.exp(log_softmax(logits.astype(np.float64) / temperature, axis=1))
+    confidence, correct = confidences(logits, labels, temperature)
     return Metrics(
-        accuracy=float((answers == labels).mean()),
+        accuracy=float(correct.mean()),
         loss=cross_entropy(logits / temperature, labels),
-        agreement=float((answers == reference_logits.argmax(axis=1)).mean()),
-        calibration_error=calibration_error(probabilities.max(axis=1), answers == labels),
+        agreement=float((logits.argmax(axis=1) == reference_logits.argmax(axis=1)).mean()),
+        calibration_error=calibration_error(confidence, correct),
     )
+
+
+def _bins(confidence: NDArray[np.floating]) -> NDArray[np.int64]:
+    return np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
