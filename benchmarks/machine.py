@@ -18,7 +18,7 @@ _MAX_BATCH = 32
 
 
 class Machine(BaseModel):
-    """Median seconds of the `parts` of a run, and at each of their batch sizes by how much runs exceed them, the 0.9
+    """Median seconds of the `parts` of a run, and at each of their batch sizes by how much runs exceed them, the 0.95
     quantile (`service.profile`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -1,9 +1,9 @@
 """How long a part of a path takes on this machine: measured at warm-up, corrected by every run, told as a quantile.
 
 A run is a call, perhaps the embedding, some blocks, and the head: these parts are timed (medians, at several batch
-sizes) and added up. What the inference thread really takes is told in relation to that sum, by the 0.9 quantile of the
+sizes) and added up. What the inference thread really takes is told in relation to that sum, by the 0.95 quantile of the
 ratios of the latest runs of about the same batch size. What a run waits for beside, until the thread begins and until the
-event loop hears of its end, does not depend on the run and is added: the 0.9 quantile of the latest runs, too. So a
+event loop hears of its end, does not depend on the run and is added: the 0.95 quantile of the latest runs, too. So a
 processor that somebody else wants as well shows after a few runs, and is forgotten as fast.
 """
 
@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from family.tree import Path
 
-QUANTILE = 0.9
-SEND_QUANTILE = 0.95
+QUANTILE = 0.95
+SEND_QUANTILE = 0.99
 _WINDOW = 50
 _LEAST_RUNS, _MOST_RUNS, _CELL_S = 5, 30, 0.01
 
@@ -80,7 +80,7 @@ class LatencyProfile:
         return whole * table[self.max_batch] + table[rest]
 
     def latency_s(self, segment: Segment, rows: int) -> float:
-        """The 0.9 quantile as of late: what to count on."""
+        """The 0.95 quantile as of late: what to count on."""
         if rows > self.max_batch:
             runs = -(-rows // self.max_batch)
             return self.typical_s(segment, rows) * self.ratio(rows) + runs * self._waits.quantile
@@ -97,7 +97,7 @@ class LatencyProfile:
 
     @property
     def send_s(self) -> float:
-        """What it takes as of late from the decision that an answer is final to handing the response over: the 0.95
+        """What it takes as of late from the decision that an answer is final to handing the response over: the 0.99
         quantile. On a busy machine that is more than the work: everybody waits for a processor."""
         return self._sends.quantile
 
