@@ -1,8 +1,11 @@
 """What openapi.yaml says of every operation alike: API keys, the headers of requests and responses, and errors, each
-described once. The rest FastAPI makes of the routes."""
+described once; and `examples.json`, an answer of the demo's model for each schema of one. The rest FastAPI makes of the
+routes."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from service.access import HEADER
@@ -33,6 +36,8 @@ _PARAMETER = {
 
 _BY_STATUS = {"401": "WWW-Authenticate", "429": "Retry-After", "503": "Retry-After"}
 
+EXAMPLES = Path(__file__).with_name("examples.json")
+
 _ERROR = {"$ref": "#/components/schemas/Error"}
 
 _BY_FRAMEWORK = {
@@ -62,6 +67,8 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
         "content": _error_content("405"),
         "headers": _headers("405") | {"Allow": {"description": "the methods that are", "schema": {"type": "string"}}},
     }
+    for name, example in json.loads(EXAMPLES.read_text()).items():
+        document["components"]["schemas"][name]["examples"] = [example]
     document.setdefault("components", {}).update(
         responses=dict(sorted(errors.items())),
         headers=_HEADERS,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 from pydantic import BaseModel
 
 from service import schemas
+from service.description import EXAMPLES
 from service.oip import schemas as oip_schemas
 from service.openapi import contract
 from tests.contract.conftest import Client
@@ -40,6 +42,28 @@ def test_examples_are_what_they_are_examples_of(kind: type[BaseModel]) -> None:
     assert examples
     for example in examples:
         assert set(kind.model_validate(example).model_dump(exclude_unset=True)) == set(example)
+
+
+@pytest.mark.parametrize("name", json.loads(EXAMPLES.read_text()))
+def test_examples_of_answers_are_such_answers(name: str) -> None:
+    kinds = {kind.__name__: kind for module in (schemas, oip_schemas) for kind in vars(module).values() if _is_model(kind)}
+    example = json.loads(EXAMPLES.read_text())[name]
+    assert kinds[name].model_validate(example, strict=True).model_dump(mode="json", exclude_unset=True) == example
+
+
+def test_every_json_answer_has_an_example() -> None:
+    document = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    kinds = document["components"]["schemas"]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            schema = operation["responses"]["200"].get("content", {}).get("application/json", {}).get("schema", {})
+            schema = schema.get("items", schema)
+            if "$ref" in schema:
+                assert kinds[schema["$ref"].rpartition("/")[2]].get("examples"), f"{method} {path}"
+
+
+def _is_model(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def test_every_code_of_an_error_is_told_by_status() -> None:
