@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+KSERVE := .venv-kserve
 READY  := $(VENV)/.ready
 
 CONFIG ?= training/configs/digits.toml
@@ -14,7 +15,7 @@ ARGS   ?=
 # onnxruntime-gpu where an NVIDIA driver is present, else its CPU twin.
 RUNTIME := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
 
-.PHONY: help install demo train compare evaluate export verify serve test lint type format openapi settings proto figures bench-family bench rehearse clean
+.PHONY: help install demo train compare evaluate export verify serve test kserve lint type format openapi settings proto figures bench-family bench rehearse clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +50,14 @@ serve: $(READY) ## serve MODELS on PORT
 
 test: $(READY) ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+kserve: $(READY) $(KSERVE)/.ready ## let KServe's own clients, in an environment of theirs, ask a server of MODELS
+	$(KSERVE)/bin/python tests/e2e/kserve_client.py $(BIN)/python $(MODELS)
+
+$(KSERVE)/.ready: tests/e2e/kserve_constraints.txt
+	$(PYTHON) -m venv $(KSERVE)
+	$(KSERVE)/bin/python -m pip install --disable-pip-version-check -q -c $< kserve
+	@touch $@
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check .
@@ -88,4 +97,4 @@ rehearse: $(READY) ## build and run what docker/Dockerfile says, serving MODELS,
 	$(BIN)/python docker/rehearse.py $(MODELS)
 
 clean: ## remove the environment and caches, keep runs and models
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(KSERVE) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -75,7 +75,6 @@ def errors(*statuses: int, needs_key: bool = True) -> dict[int | str, dict[str, 
         429: "Too many rows wait already (`queue_full`), or the API key has had its share (`rate_limited`)",
         431: "The URL and headers are too long",
         500: "The server met an error of its own",
-        501: "Not served here",
         503: "Warming up, shutting down or stuck, or too many connections are open",
         504: "The budget ran out before any block had run, or a strict request's cannot be met",
     }

@@ -267,6 +267,7 @@ class Engine:
         if batch is None or model is None:
             self._settle(decisions, start)
             self._forget_retired(None)
+            del decisions, model, batch  # an idle engine holds on to no model that is forgotten
             if self._audits:
                 for _ in range(min(self.max_batch, len(self._audits))):
                     self._begin_audit(start)

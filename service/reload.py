@@ -1,4 +1,5 @@
-"""Versions of models that come and go while serving: found in the repository, loaded beside the others, then served."""
+"""Versions of models that come and go while serving: found in the repository, loaded beside the others, then served; and
+models that operators unload and load."""
 
 from __future__ import annotations
 
@@ -35,34 +36,58 @@ async def follow(context: Context, name: str) -> dict[int, Exception]:
     Returns those that cannot, which are tried again next time: a copy may not be whole yet.
 
     New versions are served before others go, and rows that wait keep the version that they came for, so no request
-    fails. A model of which nothing is left in the repository is served as before: its last version never goes. If the
-    server is told to stop meanwhile nothing more is done.
+    fails. A model of which nothing is left in the repository is served as before: its last version never goes. Of one that
+    an operator unloaded nothing is served. If the server is told to stop meanwhile nothing more is done.
 
     Raises:
         OSError: the folder cannot be read.
     """
-    repository, engine = context.repository, context.engine
     async with context.loading:
-        found = await asyncio.to_thread(repository.versions_found, name)
-        policy = context.settings.of_model(name).versions
-        failed: dict[int, Exception] = {}
-        while True:
-            chosen = choose(policy, set(found) - failed.keys())
-            served = _served(context, name)
-            missing = [version for version in chosen if version not in served]
-            if not missing:
-                break
-            try:
-                if not await _serve(context, name, missing[0]):
-                    return failed
-            except Exception as exc:  # noqa: BLE001 (whatever is wrong with it, the others are served)
-                failed[missing[0]] = exc
-        for version, model in served.items():
-            if chosen and version not in chosen:
-                repository.remove(model)
-                engine.retire(model)
-                logger.info("version %d of %s is served no more", version, name)
-        _tell(context, name, failed)
+        return {} if name in context.repository.unloaded else await _follow(context, name)
+
+
+async def load(context: Context, name: str) -> dict[int, Exception]:
+    """As `follow`; from now on it is followed again if it was unloaded."""
+    async with context.loading:
+        context.repository.unloaded.pop(name, None)
+        return await _follow(context, name)
+
+
+async def unload(context: Context, name: str) -> None:
+    """Serve this model no more, in no version, until it is loaded. Rows that wait are answered, then it is freed. What is
+    unloaded already stays so.
+
+    Raises:
+        UnknownModel: there is none of that name.
+    """
+    async with context.loading:
+        for model in context.repository.unload(name):
+            context.engine.retire(model)
+            logger.info("version %d of %s is unloaded", model.version, name)
+
+
+async def _follow(context: Context, name: str) -> dict[int, Exception]:
+    repository, engine = context.repository, context.engine
+    found = await asyncio.to_thread(repository.versions_found, name)
+    policy = context.settings.of_model(name).versions
+    failed: dict[int, Exception] = {}
+    while True:
+        chosen = choose(policy, set(found) - failed.keys())
+        served = _served(context, name)
+        missing = [version for version in chosen if version not in served]
+        if not missing:
+            break
+        try:
+            if not await _serve(context, name, missing[0]):
+                return failed
+        except Exception as exc:  # noqa: BLE001 (whatever is wrong with it, the others are served)
+            failed[missing[0]] = exc
+    for version, model in served.items():
+        if chosen and version not in chosen:
+            repository.remove(model)
+            engine.retire(model)
+            logger.info("version %d of %s is served no more", version, name)
+    _tell(context, name, failed)
     return failed
 
 

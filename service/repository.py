@@ -156,6 +156,7 @@ class Repository:
 
     Attributes:
         refused: by model the versions in the folder that should be served and cannot be, with the reason.
+        unloaded: by model the versions that were served until an operator unloaded it, with that for a reason.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class Repository:
         self._root = root
         self._load = load
         self.refused: dict[str, dict[int, str]] = {}
+        self.unloaded: dict[str, dict[int, str]] = {}
         for model in models:
             self.add(model)
 
@@ -187,9 +189,10 @@ class Repository:
             return self._models[name]
         except KeyError:
             served = list(self._models)
-            raise UnknownModel(
-                f"no model {name[:80]!r} is served here: expected one of {', '.join(served)}", models=served
-            ) from None
+            if name in self.unloaded:
+                raise UnknownModel(f"{name} was unloaded: an operator's `load` serves it again", models=served) from None
+            expected = f": expected one of {', '.join(served)}" if served else ", nor any other"
+            raise UnknownModel(f"no model {name[:80]!r} is served here{expected}", models=served) from None
 
     def get(self, name: str, version: str | None = None) -> ServedModel:
         """A model in this version, else in its highest.
@@ -243,10 +246,21 @@ class Repository:
         self._models = dict(sorted(self._models.items()))
 
     def remove(self, model: ServedModel) -> None:
-        """Serve this version no more. It is not the last of its model."""
+        """Serve this version no more. It is not the last of its model: see `unload`."""
         versions = self._models[model.name]
         assert len(versions) > 1
         self._models[model.name] = {version: each for version, each in versions.items() if each is not model}
+
+    def unload(self, name: str) -> list[ServedModel]:
+        """Serve no version of this model any more, nor refuse any. Returns those that were served: none if it is unloaded
+        already. Raises `UnknownModel` if it was never served."""
+        if name in self.unloaded:
+            return []
+        served = self.versions(name)
+        del self._models[name]
+        self.refused.pop(name, None)
+        self.unloaded[name] = dict.fromkeys(served, "unloaded")
+        return list(served.values())
 
 
 def open_repository(settings: Settings) -> Repository:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from enum import Enum
 from importlib.metadata import version as installed_version
-from typing import Literal
+from typing import Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from family.manifest import BundleError
+from service import reload
 from service.context import Context, Ctx, errors
-from service.errors import BadRequest, NotReady, NotSupported
+from service.errors import BadRequest, NotReady
 from service.keys import require_operator
 from service.media import JSON, OCTETS, reading
 from service.oip.schemas import (
@@ -25,10 +26,10 @@ from service.oip.schemas import (
     Statistics,
     TensorConfig,
     TensorMetadata,
+    UnloadRequest,
 )
 from service.oip.statistics import statistics_of
 from service.oip.tensors import OUTPUTS
-from service.reload import follow
 from service.repository import ServedModel
 from service.responses import describe
 from service.schemas import Live, Ready
@@ -39,8 +40,17 @@ router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS, unn
 
 _DISTRIBUTION = "hbll-anytime"
 _PLATFORM = "onnx_onnxv1"
-_EXTENSIONS = ["binary_tensor_data", "model_configuration", "parameters", "statistics"]
+_EXTENSIONS = [
+    "binary_tensor_data",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "parameters",
+    "statistics",
+]
 _TAGS: list[str | Enum] = ["open inference protocol"]
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 @router.get("/v2", tags=_TAGS, responses=errors(500))
@@ -134,24 +144,21 @@ async def model_statistics(served: Served, request: Request, ctx: Ctx) -> Statis
     openapi_extra={"requestBody": {"content": {JSON: {"schema": IndexRequest.model_json_schema()}}}},
 )
 async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
-    """The models in all versions that are served, and those that should be and cannot. The body may be empty."""
-    body = await request.body()
-    try:
-        asked = IndexRequest.model_validate_json(body or b"{}")
-    except ValidationError as exc:
-        raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
+    """The models in all versions that are served, those that should be and cannot, and those that were unloaded. The body
+    may be empty."""
+    asked = parse(IndexRequest, await request.body())
     return index_of(ctx, ready=asked.ready)
 
 
 def index_of(ctx: Context, *, ready: bool) -> list[IndexEntry]:
-    """The models that are served, or those of them that are `ready`."""
+    """The models that are or were served and those that are refused, or those that are `ready`."""
     entries = [
         IndexEntry(name=served.name, version=str(served.version), state=_state(ctx, served), reason="")
         for served in ctx.repository.served
     ] + [
         IndexEntry(name=name, version=str(version), state="UNAVAILABLE", reason=reason)
-        for name, refused in ctx.repository.refused.items()
-        for version, reason in refused.items()
+        for name, away in (*ctx.repository.refused.items(), *ctx.repository.unloaded.items())
+        for version, reason in away.items()
     ]
     return [entry for entry in entries if entry.state == "READY" or not ready]
 
@@ -166,11 +173,9 @@ def index_of(ctx: Context, *, ready: bool) -> list[IndexEntry]:
 )
 async def load(model: str, request: Request, ctx: Ctx) -> Response:
     """Serve the versions of the model that its settings choose from the repository, now rather than when it is searched
-    next. The body may be empty; what clients could give in it, another configuration or other files, is not taken."""
-    try:
-        LoadRequest.model_validate_json(await request.body() or b"{}")
-    except ValidationError as exc:
-        raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
+    next, and again if it was unloaded. The body may be empty; what clients could give in it, another configuration or other
+    files, is not taken."""
+    parse(LoadRequest, await request.body())
     await load_newest(ctx, model)
     return Response()
 
@@ -183,10 +188,9 @@ async def load_newest(ctx: Context, model: str) -> None:
         BadRequest: the bundle is damaged.
         UnknownModel: there is none of that name.
     """
-    if not ctx.ready:
-        raise NotReady("the server is warming up or shutting down: ask again in a second")
+    _require_ready(ctx)
     try:
-        for failure in (await follow(ctx, model)).values():
+        for failure in (await reload.load(ctx, model)).values():
             raise failure
     except (BundleError, OSError) as exc:
         raise BadRequest(f"{model} cannot be loaded: {exc}") from exc
@@ -196,13 +200,45 @@ async def load_newest(ctx: Context, model: str) -> None:
 @router.post(
     "/v2/repository/models/{model}/unload",
     tags=_TAGS,
-    responses=errors(403, 404, 413, 415, 422, 500, 501),
+    response_class=Response,
+    responses=errors(400, 403, 404, 413, 415, 422, 500, 503),
     dependencies=[Depends(require_operator)],
+    openapi_extra={"requestBody": {"content": {JSON: {"schema": UnloadRequest.model_json_schema()}}}},
 )
-async def unload(model: str, ctx: Ctx) -> None:
-    """Not served: which versions are is said by the settings and by what is in the repository."""
-    ctx.repository.get(model)
-    raise NotSupported("models are not unloaded by request: take a version out of the repository")
+async def unload(model: str, request: Request, ctx: Ctx) -> Response:
+    """Serve the model no more, in no version, until it is loaded or the server starts anew. What it has been asked already
+    is answered. The server stays ready. The body may be empty."""
+    parse(UnloadRequest, await request.body())
+    await withdraw(ctx, model)
+    return Response()
+
+
+async def withdraw(ctx: Context, model: str) -> None:
+    """Serve the model no more.
+
+    Raises:
+        NotReady: the server is warming up or shutting down.
+        UnknownModel: there is none of that name.
+    """
+    _require_ready(ctx)
+    await reload.unload(ctx, model)
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """A body that may be empty, as one of this kind.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    try:
+        return kind.model_validate_json(body or b"{}")
+    except ValidationError as exc:
+        raise BadRequest(describe(exc.errors(include_url=False)[0])) from exc
+
+
+def _require_ready(ctx: Context) -> None:
+    if not ctx.ready:
+        raise NotReady("the server is warming up or shutting down: ask again in a second")
 
 
 def _state(ctx: Context, served: ServedModel) -> Literal["READY", "LOADING", "UNAVAILABLE"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, WithJsonSchema
 
 from service.schemas import Wishes
 
@@ -245,8 +245,14 @@ class LoadRequest(_Object):
     parameters: dict[str, Any] = Field({}, max_length=0, description="must be empty")
 
 
+class UnloadRequest(_Object):
+    """What Triton's clients say makes no difference: no model depends on another."""
+
+    parameters: dict[Literal["unload_dependents"], StrictBool] = Field({}, description="unload_dependents: either")
+
+
 class IndexEntry(_Object):
-    """A version of a model; `reason` says why one that should be served is not."""
+    """A version of a model; `reason` says why one that should be served is not, or that it was `unloaded`."""
 
     name: str
     version: str

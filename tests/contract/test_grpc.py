@@ -254,20 +254,46 @@ def test_what_is_told_is_what_rest_tells(client: Client) -> None:
         )
 
 
-def test_models_are_loaded_and_not_unloaded(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
+def test_models_are_loaded(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> None:
     assert stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="digits")) == pb.RepositoryModelLoadResponse()
     wrong = pb.RepositoryModelLoadRequest(model_name="digits")
     wrong.parameters["config"].string_param = "{}"
     assert refusal(lambda: stub.RepositoryModelLoad(wrong))[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "bad_request")
-    status, code, sentence, _ = refusal(
-        lambda: stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="digits"))
-    )
-    assert (status, code) == (grpc.StatusCode.UNIMPLEMENTED, "not_supported")
-    assert "take a version out of the repository" in sentence
     unknown = pb.RepositoryModelLoadRequest(model_name="cats")
     assert refusal(lambda: stub.RepositoryModelLoad(unknown))[:2] == (grpc.StatusCode.NOT_FOUND, "unknown_model")
     status, *_ = refusal(lambda: stub.SystemSharedMemoryStatus(pb.SystemSharedMemoryStatusRequest()))
     assert status == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_an_unloaded_model_is_not_there_until_it_is_loaded(
+    stub: service_pb2_grpc.GRPCInferenceServiceStub, images: np.ndarray
+) -> None:
+    def ready() -> bool:
+        return stub.ModelReady(pb.ModelReadyRequest(name="digits")).ready
+
+    unload = pb.RepositoryModelUnloadRequest(model_name="digits")
+    unload.parameters["unload_dependents"].bool_param = False
+    before = stub.ModelInfer(request(images, {"depth": 2}))
+    try:
+        for _ in range(2):  # again: nothing happens
+            assert stub.RepositoryModelUnload(unload) == pb.RepositoryModelUnloadResponse()
+        assert not ready()
+        assert stub.ServerReady(pb.ServerReadyRequest()).ready
+        for ask in (
+            lambda: stub.ModelInfer(request(images)),
+            lambda: stub.ModelMetadata(pb.ModelMetadataRequest(name="digits")),
+            lambda: stub.ModelStatistics(pb.ModelStatisticsRequest(name="digits")),
+        ):
+            status, code, sentence, _ = refusal(ask)
+            assert (status, code) == (grpc.StatusCode.NOT_FOUND, "unknown_model")
+            assert "digits was unloaded: an operator's `load` serves it again" in sentence
+        (entry,) = stub.RepositoryIndex(pb.RepositoryIndexRequest()).models
+        assert (entry.name, entry.version, entry.state, entry.reason) == ("digits", "1", "UNAVAILABLE", "unloaded")
+        assert not stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True)).models
+    finally:
+        stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="digits"))
+    assert ready()
+    assert stub.ModelInfer(request(images, {"depth": 2})).raw_output_contents == before.raw_output_contents
 
 
 def test_health_is_told_as_grpc_tells_it(channel: grpc.Channel) -> None:

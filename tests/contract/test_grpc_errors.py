@@ -103,6 +103,10 @@ def metadata(sentence: str, *pairs: tuple[str, str | bytes]) -> Case:
     return Case(GOOD, sentence, INVALID, "invalid_input", pairs)
 
 
+def unloading(**parameters: pb.ModelRepositoryParameter) -> pb.RepositoryModelUnloadRequest:
+    return pb.RepositoryModelUnloadRequest(model_name="digits", parameters=parameters)
+
+
 def other(
     method: str, message: object, sentence: str, status: grpc.StatusCode = MISSING, code: str | None = "unknown_model"
 ) -> Case:
@@ -255,12 +259,22 @@ CASES: dict[str, Case] = {
     "metadata asked by no message": other(
         "ModelMetadata", b"\xff", "expected a inference.Model", INVALID, "malformed_input"
     ),
-    "unload": other(
+    "unloading an unknown model": other(
+        "RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name="cats"), "no model 'cats'"
+    ),
+    "unloading with a parameter": other(
         "RepositoryModelUnload",
-        pb.RepositoryModelUnloadRequest(model_name="digits"),
-        "models are not unloaded",
-        grpc.StatusCode.UNIMPLEMENTED,
-        "not_supported",
+        unloading(force=pb.ModelRepositoryParameter(bool_param=True)),
+        "got 'force'",
+        INVALID,
+        "bad_request",
+    ),
+    "unloading dependents by a word": other(
+        "RepositoryModelUnload",
+        unloading(unload_dependents=pb.ModelRepositoryParameter(string_param="yes")),
+        "expected unload_dependents, a boolean",
+        INVALID,
+        "bad_request",
     ),
     "no such call": other("ModelExplain", b"", "there is no such call here", UNKNOWN_CALL, "not_supported"),
     "no such service": Case(b"", "there is no such call here", UNKNOWN_CALL, "not_supported", method="/inference.Other/A"),

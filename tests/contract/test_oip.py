@@ -103,7 +103,14 @@ def test_the_server_announces_what_it_serves(client: Client) -> None:
     for url in ("/v2", "/v2/"):
         answer = client.get(url).json()
         assert answer["name"] == "hbll-anytime"
-        assert answer["extensions"] == ["binary_tensor_data", "model_configuration", "parameters", "statistics"]
+        assert answer["extensions"] == [
+            "binary_tensor_data",
+            "model_configuration",
+            "model_repository",
+            "model_repository(unload_dependents)",
+            "parameters",
+            "statistics",
+        ]
 
 
 def test_health(client: Client) -> None:
@@ -171,10 +178,48 @@ def test_a_model_that_is_served_in_its_newest_version_may_be_loaded_and_nothing_
     assert client.get("/v1/models/digits").json()["version"] == 1
 
 
+def test_an_unloaded_model_is_not_there_until_it_is_loaded(client: Client, images: np.ndarray) -> None:
+    def act(action: str, body: bytes = b"") -> tuple[int, bytes]:
+        response = client.request("POST", f"/v2/repository/models/digits/{action}", content=body)
+        return response.status_code, response.content
+
+    before = tensors(post(client, in_json(images, parameters={"depth": 2})))
+    try:
+        for body in (b"", b"{}", b'{"parameters": {"unload_dependents": true}}'):  # again: nothing happens
+            assert act("unload", body) == (200, b"")
+        sentence = "digits was unloaded: an operator's `load` serves it again"
+        for response in (
+            post(client, in_json(images)),
+            post(client, in_json(images), f"{MODEL}/versions/1/infer"),
+            *(client.get(url) for url in (MODEL, f"{MODEL}/ready", f"{MODEL}/versions/1/ready", f"{MODEL}/stats")),
+            client.predict({"inputs": [images[0].tolist()]}),
+            client.get("/v1/models/digits/versions"),
+        ):
+            assert response.status_code == 404
+            assert response.json() == {"error": sentence, "code": "unknown_model", "models": []}
+        unknown = client.get("/v2/models/cats")
+        assert unknown.json()["error"] == "no model 'cats' is served here, nor any other"
+        index = client.request("POST", "/v2/repository/index")
+        assert index.json() == [{"name": "digits", "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}]
+        assert client.request("POST", "/v2/repository/index", content=b'{"ready": true}').json() == []
+        assert client.get("/v1/models").json() == {"models": []}
+        assert client.get("/v2/models/stats").json() == {"model_stats": []}
+        assert client.get("/v2/health/ready").json() == {"ready": True}
+        assert client.get("/health/ready").json() == {"ready": True, "drift_alarms": {}}
+    finally:
+        assert act("load") == (200, b"")
+    index = client.request("POST", "/v2/repository/index")
+    assert index.json() == [{"name": "digits", "version": "1", "state": "READY", "reason": ""}]
+    assert client.get(f"{MODEL}/ready").status_code == 200
+    assert tensors(post(client, in_json(images, parameters={"depth": 2}))) == before
+
+
 def test_what_the_repository_cannot_do_it_says(client: Client) -> None:
     for action, body, status, code in (
-        ("digits/unload", b"", 501, "not_supported"),
         ("cats/unload", b"", 404, "unknown_model"),
+        ("digits/unload", b'{"parameters": {"force": true}}', 400, "bad_request"),
+        ("digits/unload", b'{"parameters": {"unload_dependents": "yes"}}', 400, "bad_request"),
+        ("digits/unload", b"{", 400, "bad_request"),
         ("cats/load", b"", 404, "unknown_model"),
         ("..%2fdigits/load", b"", 404, "not_found"),
         ("digits/load", b'{"parameters": {"config": "{}"}}', 400, "bad_request"),

@@ -82,7 +82,6 @@ def test_every_code_of_an_error_is_told_by_status() -> None:
         "429": {"queue_full", "rate_limited"},
         "431": {"headers_too_large"},
         "500": {"inference_failed", "internal"},
-        "501": {"not_supported"},
         "503": {"not_ready", "too_many_connections"},
         "504": {"deadline_expired", "deadline_infeasible"},
     }

@@ -76,8 +76,21 @@ def test_the_server_is_found_and_told(client: triton.InferenceServerClient) -> N
     assert client.get_model_config("digits").config.max_batch_size == 40
     assert [model.name for model in client.get_model_repository_index().models] == ["digits"]
     client.load_model("digits")
-    with pytest.raises(InferenceServerException, match="models are not unloaded by request"):
-        client.unload_model("digits")
+
+
+def test_a_model_is_unloaded_and_loaded(client: triton.InferenceServerClient, images: np.ndarray) -> None:
+    """As Triton's example `simple_grpc_model_control.py` does it."""
+    try:
+        client.unload_model("digits", unload_dependents=True)
+        assert not client.is_model_ready("digits")
+        assert client.is_server_ready()
+        with pytest.raises(InferenceServerException, match="digits was unloaded") as caught:
+            client.infer("digits", ask(images))
+        assert caught.value.status() == "StatusCode.NOT_FOUND"
+    finally:
+        client.load_model("digits")
+    assert client.is_model_ready("digits")
+    assert client.infer("digits", ask(images)).as_numpy("label").shape == (6,)
 
 
 @pytest.mark.parametrize("coding", [None, "gzip", "deflate"])

@@ -74,8 +74,25 @@ def test_the_server_is_found_and_told(client: triton.InferenceServerClient) -> N
     assert client.get_model_config("digits")["max_batch_size"] == 256
     assert client.get_model_repository_index() == [{"name": "digits", "version": "1", "state": "READY", "reason": ""}]
     client.load_model("digits")
-    with pytest.raises(InferenceServerException, match="models are not unloaded by request"):
-        client.unload_model("digits")
+
+
+def test_a_model_is_unloaded_and_loaded(
+    client: triton.InferenceServerClient, images: np.ndarray, expected: list[dict[str, object]]
+) -> None:
+    """As Triton's example `simple_http_model_control.py` does it."""
+    try:
+        client.unload_model("digits", unload_dependents=True)
+        assert not client.is_model_ready("digits")
+        assert client.is_server_ready()
+        with pytest.raises(InferenceServerException, match="digits was unloaded") as caught:
+            client.infer("digits", [tensor(images)])
+        assert caught.value.status() == "404"
+        unloaded = {"name": "digits", "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}
+        assert client.get_model_repository_index() == [unloaded]
+    finally:
+        client.load_model("digits")
+    assert client.is_model_ready("digits")
+    check(client.infer("digits", [tensor(images)], parameters={"depth": 2}), expected)
 
 
 @pytest.mark.parametrize("binary_out", [True, False])

@@ -191,6 +191,63 @@ def test_a_model_can_be_loaded_by_request(shelf: Shelf) -> None:
     run(test)
 
 
+def test_an_unloaded_model_answers_what_it_was_asked_is_freed_and_stays_away_until_it_is_loaded(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0.01, versions="all") as (app, http):
+            context: Context = app.state.context
+            shelf.put(2)
+            await until(lambda: served(context) == [2, 1])
+            runner = context.repository.get("fake").runner
+            assert isinstance(runner, FakeRunner)
+            runner.began.clear()
+            runner.go.clear()
+            asking = [asyncio.create_task(http.post(URL, json=BODY)) for _ in range(3)]
+            await asyncio.to_thread(runner.began.wait, 30)
+            assert (await http.post("/v2/repository/models/fake/unload")).status_code == 200
+            gone = await http.post(URL, json=BODY)
+            assert (gone.status_code, gone.json()["code"]) == (404, "unknown_model")
+            runner.go.set()
+            answers = await asyncio.gather(*asking)
+            assert [(each.status_code, each.json()["version"]) for each in answers] == [(200, 2)] * 3
+            old = weakref.ref(runner)
+            del runner
+            await until(lambda: gc.collect() >= 0 and old() is None)
+            assert not context.engine._scheduler.policies
+            shelf.put(1, "another")  # so the folder has been searched since
+            await until(lambda: "another" in context.repository.models)
+            shelf.put(3)  # not even what is new
+            shelf.put(2, "another")
+            await until(lambda: served(context, "another") == [2, 1])
+            assert "fake" not in context.repository.models
+            assert context.ready
+            index = (await http.post("/v2/repository/index")).json()
+            assert [(each["name"], each["version"], each["reason"]) for each in index] == [
+                ("another", "2", ""), ("another", "1", ""), ("fake", "2", "unloaded"), ("fake", "1", "unloaded")
+            ]  # fmt: skip
+            assert (await http.post("/v2/repository/models/fake/load")).status_code == 200
+            assert served(context) == [3, 2, 1]
+            assert (await http.post(URL, json=BODY)).json()["version"] == 3
+            shelf.put(4)  # it is followed again
+            await until(lambda: served(context) == [4, 3, 2, 1])
+
+    run(test)
+
+
+def test_an_unloaded_model_that_cannot_be_loaded_is_told_of_as_one_that_should_be_served(shelf: Shelf) -> None:
+    async def test() -> None:
+        async with serving(shelf, poll_s=0) as (app, http):
+            shelf.errors[1] = BundleError("weights.bin is truncated or changed")
+            await http.post("/v2/repository/models/fake/unload")
+            assert (await http.post("/v2/repository/models/fake/load")).status_code == 400
+            (entry,) = (await http.post("/v2/repository/index")).json()
+            assert (entry["state"], entry["reason"]) == ("UNAVAILABLE", "weights.bin is truncated or changed")
+            del shelf.errors[1]
+            await follow(app.state.context, "fake")
+            assert (await http.post(URL, json=BODY)).status_code == 200
+
+    run(test)
+
+
 def test_a_request_that_is_read_while_its_model_is_replaced_is_answered_by_the_old_version(shelf: Shelf) -> None:
     """The engine once had forgotten the model by then: 500."""
 

@@ -120,6 +120,8 @@ class Service:
         return pb.ServerReadyResponse(ready=self._ctx.ready)
 
     async def _model_ready(self, request: pb.ModelReadyRequest) -> Message:
+        if request.name in self._ctx.repository.unloaded:  # Triton's clients expect an answer, and take an error for none
+            return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._ctx.answers(self._served(request)))
 
     async def _server_metadata(self, _: pb.ServerMetadataRequest) -> Message:
@@ -153,8 +155,11 @@ class Service:
         return pb.RepositoryModelLoadResponse()
 
     async def _unload(self, request: pb.RepositoryModelUnloadRequest) -> Message:
-        await routes.unload(request.model_name, self._ctx)
-        raise AssertionError("unload always raises")
+        for name, chosen in request.parameters.items():
+            if name != "unload_dependents" or not chosen.HasField("bool_param"):
+                raise BadRequest(f"parameters: expected unload_dependents, a boolean, or none, got {name[:40]!r}")
+        await routes.withdraw(self._ctx, request.model_name)
+        return pb.RepositoryModelUnloadResponse()
 
     async def _check(self, request: health_pb2.HealthCheckRequest) -> Message:
         """See github.com/grpc/grpc, doc/health-checking.md."""
