@@ -27,6 +27,7 @@ class Bench:
         trace: bool = False,
         max_batch: int = 8,
         max_queue_rows: int = 32,
+        hung_s: float = 30.0,
         **settings: Any,
     ) -> None:
         self.clock = FakeClock()
@@ -34,7 +35,13 @@ class Bench:
         self.model: ServedModel = fake_model(accuracies, self.runner, levels=levels, **settings)
         self.metrics = Metrics()
         self.engine = Engine(
-            self.metrics, max_batch=max_batch, max_queue_rows=max_queue_rows, reserve_s=0, trace=trace, clock=self.clock
+            self.metrics,
+            max_batch=max_batch,
+            max_queue_rows=max_queue_rows,
+            reserve_s=0,
+            hung_s=hung_s,
+            trace=trace,
+            clock=self.clock,
         )
 
     def ask(self, *confidences: float, budget_s: float | None = None, **wish: object) -> asyncio.Task[Answer]:

@@ -27,7 +27,7 @@ async def audited(b: Bench, audits: int) -> tuple[int, int]:
     """Wait for so many audits, then for nothing more to be done. Returns audits and disagreements of the first level."""
     drift = b.engine.drift(b.model)
     assert drift is not None
-    while drift.alarms[0.05].audits < audits or b.engine._audits or b.engine._scheduler.waiting():
+    while drift.alarms[0.05].audits < audits or b.engine._audits or b.engine._dispatch.waiting():
         await asyncio.sleep(0)
     await b.ask(0.9, path=(4,))
     return drift.alarms[0.05].audits, drift.alarms[0.05].disagreements

@@ -102,7 +102,7 @@ def test_a_new_version_is_served_without_one_failed_request_and_the_old_one_is_f
             assert reloads(context, "true") == 2
             gc.collect()
             assert old() is None
-            assert len(context.engine._scheduler.policies) == 1
+            assert len(context.engine._dispatch.models) == 1
 
     run(test)
 
@@ -212,7 +212,7 @@ def test_an_unloaded_model_answers_what_it_was_asked_is_freed_and_stays_away_unt
             old = weakref.ref(runner)
             del runner
             await until(lambda: gc.collect() >= 0 and old() is None)
-            assert not context.engine._scheduler.policies
+            assert not context.engine._dispatch.models
             shelf.put(1, "another")  # so the folder has been searched since
             await until(lambda: "another" in context.repository.models)
             shelf.put(3)  # not even what is new
@@ -271,7 +271,7 @@ def test_a_request_that_is_read_while_its_model_is_replaced_is_answered_by_the_o
                 await asyncio.to_thread(decoding.wait, 30)
                 shelf.put(2)
                 await follow(context, "fake")
-                await until(lambda: len(context.engine._scheduler.policies) == 1)
+                await until(lambda: len(context.engine._dispatch.models) == 1)
                 replaced.set()
                 response = await asking
             assert (response.status_code, response.json()["version"]) == (200, 1)
@@ -395,7 +395,7 @@ def test_without_the_newest_version_the_one_before_is_served_again_without_one_f
             shelf.take(2)
             await asyncio.gather(*asking)
             assert set(versions) == {1, 2}
-            await until(lambda: len(app.state.context.engine._scheduler.policies) == 1)
+            await until(lambda: len(app.state.context.engine._dispatch.models) == 1)
             assert served(app.state.context) == [1]
 
     run(test)
