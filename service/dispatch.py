@@ -256,7 +256,7 @@ class Dispatch:
 def _probabilities(model: ServedModel, paths: Sequence[Path], logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """`softmax(logits / temperature of each row's path)`, `(rows, classes) float32`."""
     offered = model.manifest.offered
-    temperatures = np.array([[offered[path].temperature] for path in paths], np.float32)
+    temperatures = np.array([offered[path].temperature for path in paths], np.float32)[:, None]
     scaled: NDArray[np.float32] = (logits / temperatures).astype(np.float32, copy=False)
     scaled -= scaled.max(axis=1, keepdims=True)
     np.exp(scaled, out=scaled)

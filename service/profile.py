@@ -87,10 +87,6 @@ class LatencyProfile:
         table = self._typical.get(segment) or self._table(segment)  # asked for very often
         return table[rows] * self._ratios[rows.bit_length()].quantile + self._waits.quantile
 
-    def run_s(self, segment: Segment, rows: int) -> float:
-        """The same of the run itself, without what it waits for."""
-        return self.typical_s(segment, rows) * self.ratio(rows)
-
     def observe(self, segment: Segment, rows: int, took_s: float, waited_s: float | None = None) -> None:
         """Learn that a run took the inference thread so long and, if that is known, what it waited beside."""
         expected_s = self.typical_s(segment, rows)

@@ -149,9 +149,11 @@ class LadderEdf:
 
     def settle(self, now_s: float, until_s: float) -> Decision:
         """See `Policy`."""
-        self._first, self._deeper = _not_empty(self._first), _not_empty(self._deeper)
         decision = Decision(done=[(row, stopped_by) for row, stopped_by in self._done if not row.gone])
         self._done = []
+        self._first, self._deeper = _not_empty(self._first), _not_empty(self._deeper)
+        if not self._waiting:
+            return decision
         self._give_up(until_s, now_s, decision)
         self._set_aside(now_s, decision)
         self._let_go(decision)
