@@ -59,7 +59,8 @@ class World:
         """Latency of the shallowest path at one client, end to end."""
         hardware, shallowest = self.hardware, Segment(self.offer.front[0], embed=True)
         inference_s = LatencyProfile(self.machine.parts).typical_s(shallowest, 1)
-        return hardware.receive_s + hardware.hop_s + inference_s + hardware.send_s
+        around_s = hardware.wire_s + hardware.read_s + hardware.hop_s + hardware.decide_s + hardware.send_s
+        return around_s + inference_s
 
     def play(self, arrivals_s: traces.Arrivals, budget_s: float, policy: str, *, servers: int, seed: int) -> Report:
         """One simulation."""
@@ -177,8 +178,10 @@ def play_all(world: World, jobs: Sequence[Job], workers: int) -> list[Played]:
 @click.option("--servers", type=click.IntRange(1, 1000), default=1, show_default=True, help="Behind two random choices.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--requests", type=click.IntRange(min=100), default=10_000, show_default=True, help="Of one trace.")
-@click.option("--hop-us", default=100.0, show_default=True, help="What a run costs beyond the inference.")
-@click.option("--http-us", default=500.0, show_default=True, help="From sending to the queue, and from decision to answer.")
+@click.option("--hop-us", default=100.0, show_default=True, help="To the inference thread and back.")
+@click.option("--decide-us", default=200.0, show_default=True, help="For the event loop to hear of a run and decide.")
+@click.option("--http-us", default=180.0, show_default=True, help="For it to read a request, and to send an answer.")
+@click.option("--wire-us", default=750.0, show_default=True, help="To the server and back.")
 @click.option("--jitter", default=0.1, show_default=True, help="Standard deviation of the logarithm of a run's time.")
 @click.option("--workers", type=click.IntRange(min=1), default=lambda: os.cpu_count() or 1, help="Processes.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for simulation.csv and a plot.")
@@ -192,7 +195,9 @@ def main(
     seeds: int,
     requests: int,
     hop_us: float,
+    decide_us: float,
     http_us: float,
+    wire_us: float,
     jitter: float,
     workers: int,
     out: Path | None,
@@ -208,7 +213,8 @@ def main(
       hbll simulate --policies ladder-edf,slackfit --servers 100 --seeds 1
       hbll simulate --against docs/bench
     """
-    hardware = Hardware(hop_s=hop_us / 1e6, jitter=jitter, send_s=http_us / 1e6, receive_s=http_us / 1e6)
+    hop_s, decide_s, http_s, wire_s = (microseconds / 1e6 for microseconds in (hop_us, decide_us, http_us, wire_us))
+    hardware = Hardware(jitter, hop_s, decide_s, read_s=http_s, send_s=http_s, wire_s=wire_s)
     try:
         world = open_world(bundle, hardware, machine)
         if against is not None:

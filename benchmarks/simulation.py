@@ -1,8 +1,10 @@
 """A discrete-event simulation of servers that run a policy: simulated time, real policy code, real outcomes.
 
-A server is what the engine is: a bounded queue, one inference at a time, the policy asked whenever the device is free.
-How long runs take comes from a measured latency profile, and what each input is answered at each path from the recorded
-outcomes of a real bundle. Requests have one row each.
+A server is what the engine is: a bounded queue, one inference at a time, and beside that an event loop, which does one
+thing after another in the order in which they come: it reads requests, hears that runs have ended and asks the policy what
+to do then, and sends answers. So what comes in a burst waits unseen until the loop gets round to it. How long runs take
+comes from a measured latency profile, and what each input is answered at each path from the recorded outcomes of a real
+bundle. Requests have one row each.
 """
 
 from __future__ import annotations
@@ -39,16 +41,20 @@ class Hardware:
     """What the simulated machines are like, beside the profile's typical times.
 
     Attributes:
-        hop_s: what a run costs beyond the inference: to the inference thread and back.
         jitter: standard deviation of the logarithm of a run's time.
-        send_s: from the decision that an answer is final to its client's having it.
-        receive_s: from a request's sending to its arrival in the queue.
+        hop_s: what a run takes beyond the inference: to the inference thread and back.
+        decide_s: what the event loop takes to hear that a run has ended, and to decide on the next.
+        read_s: what it takes to read a request.
+        send_s: what it takes to send an answer.
+        wire_s: what a request and its answer take on their way, which clients know of and ask for that much less.
     """
 
-    hop_s: float = 0.0
     jitter: float = 0.1
+    hop_s: float = 0.0
+    decide_s: float = 0.0
+    read_s: float = 0.0
     send_s: float = 0.0
-    receive_s: float = 0.0
+    wire_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -65,14 +71,24 @@ class Report(Shares):
     counts: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
 class _Server:
-    policy: Policy
-    offer: Offer
-    running: Batch | None = None
-    ran_s: float = 0.0
-    ends_s: float = 0.0
-    wake_s: float = math.inf
+    """`loop_s`: until when its event loop is busy."""
+
+    def __init__(self, policy: Policy, offer: Offer) -> None:
+        self.policy, self.offer = policy, offer
+        self.running: Batch | None = None
+        self.start_s = self.ran_s = self.ends_s = self.loop_s = 0.0
+        self.wake_s = math.inf
+
+    def occupy(self, now_s: float, took_s: float) -> float:
+        """Its event loop does something next. Returns when it has."""
+        self.loop_s = max(now_s, self.loop_s) + took_s
+        return self.loop_s
+
+    @property
+    def load(self) -> int:
+        """Rows that wait or run."""
+        return self.policy.waiting() + (len(self.running.rows) if self.running is not None else 0)
 
 
 def simulate(
@@ -104,79 +120,86 @@ def simulate(
     report = Report(budget_s, np.zeros(count, np.int16), np.zeros(count, np.bool_), np.full(count, np.inf))
     depth, right, latency = report.depth, report.right, report.latency_s
     counts = {"answered": 0, "expired": 0, "refused": 0, "full": 0}
-    events: list[tuple[float, int, int]] = []  # time, number, server: a run's end or a wake-up
+    events: list[tuple[float, int, int]] = []  # time, number, server: a run's end, a wake-up, a decision to be made
     number = 0
     sent = arrivals_s.tolist()
-    received = (arrivals_s + hardware.receive_s).tolist()
+    arrives = (arrivals_s + hardware.wire_s / 2).tolist()
+    asked_s = budget_s - hardware.wire_s
+
+    def push(at_s: float, index: int) -> None:
+        nonlocal number
+        number += 1
+        heapq.heappush(events, (at_s, number, index))
 
     def settle(server: _Server, index: int, now: float) -> None:
         """Ask the policy what to do, now that the device is free."""
-        nonlocal number
         decision = server.policy.decide(now)
+        batch = decision.batch
+        if batch is not None:
+            typical_s = server.offer.profile.typical_s(batch.segment, len(batch.rows))
+            server.running, server.start_s = batch, now
+            server.ran_s = typical_s * noise[(number + 1) & 4095]
+            server.ends_s = now + server.ran_s + hardware.hop_s
+            push(server.ends_s, index)
         for row, _ in decision.done:
             assert isinstance(row, _Request)
             assert row.answered is not None
+            done_s = server.occupy(now, hardware.send_s)
             depth[row.order] = len(row.answered)
             right[row.order] = outcomes.right[row.answered][row.image]
-            latency[row.order] = now + hardware.send_s - sent[row.order]
-            server.offer.profile.observe_send(hardware.send_s)
+            latency[row.order] = done_s + hardware.wire_s / 2 - sent[row.order]
+            server.offer.profile.observe_send(done_s - now)
         counts["answered"] += len(decision.done)
         counts["expired"] += len(decision.expired)
         counts["refused"] += len(decision.refused)
-        batch = decision.batch
+        server.loop_s += hardware.send_s * (len(decision.expired) + len(decision.refused))
         if batch is None:
             wake = server.policy.wake_s()
             if wake < math.inf and wake != server.wake_s:
                 server.wake_s = wake
-                number += 1
-                heapq.heappush(events, (wake, number, index))
-            return
-        typical_s = server.offer.profile.typical_s(batch.segment, len(batch.rows))
-        number += 1
-        server.running, server.ran_s = batch, typical_s * noise[number & 4095]
-        server.ends_s = now + server.ran_s + hardware.hop_s
-        heapq.heappush(events, (server.ends_s, number, index))
+                push(wake, index)
 
-    def happens(now: float, index: int) -> None:
+    def happens(at_s: float, index: int) -> None:
         server = fleet[index]
         batch = server.running
-        if batch is not None:
-            if now < server.ends_s:
-                return  # a wake-up while it runs
-            server.running = None
-            server.offer.profile.observe(batch.segment, len(batch.rows), server.ran_s, hardware.hop_s)
-            confidences = [
-                outcomes.confidence[row.target][row.image] if len(row.rest.nodes) == len(batch.segment.nodes) else 0.0
-                for row in batch.rows
-                if isinstance(row, _Request)
-            ]
-            server.policy.finished(batch, confidences, now)
+        if batch is None:
+            settle(server, index, max(at_s, server.loop_s))
+            return
+        if at_s < server.ends_s:
+            return  # a wake-up while it runs
+        now = server.occupy(at_s, hardware.decide_s)
+        server.running = None
+        waited_s = max(0.0, now - server.start_s - server.ran_s)
+        server.offer.profile.observe(batch.segment, len(batch.rows), server.ran_s, waited_s)
+        confidences = [
+            outcomes.confidence[row.target][row.image] if len(row.rest.nodes) == len(batch.segment.nodes) else 0.0
+            for row in batch.rows
+            if isinstance(row, _Request)
+        ]
+        server.policy.finished(batch, confidences, now)
         settle(server, index, now)
 
     position = 0
     while position < count or events:
-        if events and (position == count or events[0][0] <= received[position]):
-            now, _, index = heapq.heappop(events)
-            happens(now, index)
+        if events and (position == count or events[0][0] <= arrives[position]):
+            at_s, _, index = heapq.heappop(events)
+            happens(at_s, index)
             continue
-        now = received[position]
         index = first[position]
         if servers > 1:
             other = second[position]
-            if _load(fleet[other]) < _load(fleet[index]):
+            if fleet[other].load < fleet[index].load:
                 index = other
         server = fleet[index]
+        seen_s = max(arrives[position], server.loop_s)
+        now = server.occupy(seen_s, hardware.read_s)
         if server.policy.waiting() >= max_queue_rows:
             counts["full"] += 1
         else:
-            wish = Wish(deadline_s=sent[position] + budget_s)
-            server.policy.arrive(_Request(wish, now, position, image=images[position]), now)
+            row = _Request(Wish(deadline_s=seen_s + asked_s), now, position, image=images[position])
+            server.policy.arrive(row, now)
             if server.running is None:
-                settle(server, index, now)
+                push(now, index)  # when it has read what else came meanwhile
         position += 1
     report.counts = counts
     return report
-
-
-def _load(server: _Server) -> int:
-    return server.policy.waiting() + (len(server.running.rows) if server.running is not None else 0)

@@ -45,7 +45,7 @@ class Access:
             await self._app(scope, receive, send)
             return
         state: dict[str, Any] = scope.setdefault("state", {})
-        state["arrived_s"] = time.monotonic()
+        state.setdefault("arrived_s", time.monotonic())  # there already if `service.listener` listens
         state["request_id"] = id_of(next((value for name, value in scope["headers"] if name == _HEADER), None))
         own = state["request_id"].encode()
         token = request_id.set(state["request_id"])

@@ -1,20 +1,15 @@
 """What runs next, the run itself, and what it brought: the policies, and the device that they share.
 
-Rows come and go on the event loop. Whoever has the device asks what runs next: the inference thread from run to run, or
-the event loop itself for a short one. A lock keeps the two apart, held while a policy thinks and never while a model runs.
-So the device does not wait between two runs until the event loop, which may have a hundred sockets to read, hears of the
-first one's end; the loop hears of it by `turns`.
+All but `infer` happens on the event loop, between two runs. So the loop has read what came meanwhile when the next batch is
+chosen, which makes batches larger just when there is most to do; and nobody else touches a policy.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import cast
 
 import numpy as np
@@ -29,8 +24,6 @@ from service.repository import ServedModel
 from service.runtime import Output, Rows
 from service.tickets import TicketRow
 from service.tracing import Timed
-
-logger = logging.getLogger(__name__)
 
 _HUNG_RATIO = 100
 """A run that takes so many times what it was expected to is no slow one."""
@@ -60,34 +53,29 @@ class Run:
 
 @dataclass(slots=True)
 class Ended:
-    """A run that ended, `took_s` after it was decided. It failed, or answers of it are on the way to deeper ones (`told`),
-    and some are no numbers (`overflowed`)."""
+    """A run ended, `took_s` after it was decided. Clients may want to hear of the answers of some rows that go on
+    (`told`), and some are no numbers (`overflowed`)."""
 
-    run: Run
-    took_s: float = 0.0
-    failed: bool = False
-    told: list[tuple[TicketRow, RowAnswer]] = field(default_factory=list)
+    took_s: float
+    told: list[TicketRow] = field(default_factory=list)
     overflowed: list[TicketRow] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Turn:
-    """What the event loop has to hear of: the run that `ended`, if any; what was decided then, at `decided_s`, which took
-    `thought_s`; the run that begins."""
+    """What was decided, at `decided_s`, which took `thought_s`, and the run that begins, if any."""
 
-    ended: Ended | None
     decisions: Sequence[Decision]
     decided_s: float
-    thought_s: float
-    run: Run | None
+    thought_s: float = 0.0
+    run: Run | None = None
 
 
 class Dispatch:
-    """See the module. All of it may be called from any thread, `decide`, `run` and `settle` from one at a time.
+    """See the module.
 
     Attributes:
-        running: what has the device; none also for the moment in which a policy thinks.
-        turns: what the event loop has not heard of yet, oldest first.
+        running: what has the device.
 
     Args:
         clock: the engine's.
@@ -97,10 +85,8 @@ class Dispatch:
     def __init__(self, clock: Callable[[], float], hung_s: float) -> None:
         self._clock = clock
         self._hung_s = hung_s
-        self._lock = Lock()
         self._scheduler: Scheduler[ServedModel] = Scheduler()
         self.running: Run | None = None
-        self.turns: deque[Turn] = deque()
 
     @property
     def models(self) -> list[ServedModel]:
@@ -109,17 +95,15 @@ class Dispatch:
 
     def serve(self, model: ServedModel, policy: Policy) -> None:
         """Let this policy decide for a model from now on, knowing of none of its rows."""
-        with self._lock:
-            self._scheduler.policies[model] = policy
+        self._scheduler.policies[model] = policy
 
     def forget(self, model: ServedModel) -> bool:
         """Forget a model, unless some of its rows wait or run. Returns whether it did."""
-        with self._lock:
-            busy = self.running is not None and self.running.model is model
-            if busy or self._scheduler.policies[model].waiting():
-                return False
-            del self._scheduler.policies[model]
-            return True
+        busy = self.running is not None and self.running.model is model
+        if busy or self._scheduler.policies[model].waiting():
+            return False
+        del self._scheduler.policies[model]
+        return True
 
     def waiting(self) -> int:
         """How many rows wait, of all models."""
@@ -127,84 +111,47 @@ class Dispatch:
 
     def wake_s(self) -> float:
         """When to decide again even though nothing happens; infinity for never."""
-        with self._lock:
-            return self._scheduler.wake_s()
+        return self._scheduler.wake_s()
 
-    def arrive(self, model: ServedModel, rows: Sequence[TicketRow], now_s: float) -> None:
-        """Rows of one model join those that wait."""
-        with self._lock:
-            policy = self._scheduler.policies[model]
-            for row in rows:
-                policy.arrive(row, now_s)
+    def arrive(self, row: TicketRow, now_s: float) -> None:
+        """A row joins those that wait."""
+        self._scheduler.policies[row.model].arrive(row, now_s)
 
-    def leave(self, model: ServedModel, rows: Sequence[TicketRow]) -> None:
-        """Rows of one model are of no more interest."""
-        with self._lock:
-            policy = self._scheduler.policies.get(model)
-            if policy is None:  # forgotten, after its answer and before its client's departure was known
-                return
-            for row in rows:
-                policy.leave(row)
+    def leave(self, row: TicketRow) -> None:
+        """A row is of no more interest."""
+        policy = self._scheduler.policies.get(row.model)
+        if policy is not None:  # forgotten, after its answer and before its client's departure was known
+            policy.leave(row)
 
     def foresee(self, model: ServedModel, wish: Wish, rows: int) -> tuple[Step, ...]:
         """The answers that such a request could expect if it came now, on the engine's clock."""
-        with self._lock:
-            free_s = self.running.expected_end_s if self.running is not None else -math.inf
-            return self._scheduler.policies[model].foresee(wish, rows, max(self._clock(), free_s))
+        free_s = self.running.expected_end_s if self.running is not None else -math.inf
+        return self._scheduler.policies[model].foresee(wish, rows, max(self._clock(), free_s))
 
     def learn_of_refusal(self, model: ServedModel) -> None:
         """An idle server that refuses must not go on doing so because of how slow it once was."""
-        with self._lock:
-            idle = self.running is None or self._clock() >= self.running.expected_end_s
-            if model.profile is not None and idle and not self.waiting():
-                model.profile.relax()
+        idle = self.running is None or self._clock() >= self.running.expected_end_s
+        if model.profile is not None and idle and not self.waiting():
+            model.profile.relax()
 
-    def decide(self) -> Run | None:
-        """What is to run now, if anything."""
-        with self._lock:
-            return self._turn(None)
-
-    def settle(self) -> None:
-        """Nothing will run any more: what has an answer gets it."""
-        with self._lock:
-            now = self._clock()
-            decisions = [policy.settle(now, math.inf) for policy in self._scheduler.policies.values()]
-            self.turns.append(Turn(None, decisions, now, 0.0, None))
-
-    def run(self, run: Run, stop: Callable[[], bool]) -> Run | None:
-        """Run what was decided, and decide what is to run next; nothing if `stop` says so."""
-        try:
-            output, ran_s = self._infer(run)
-        except Exception:
-            logger.exception("inference of %d rows of %s failed", len(run.rows), run.model.name)
-            output = None
-        with self._lock:
-            self.running = None
-            ended = Ended(run, failed=True) if output is None else self._finish(run, output, ran_s)
-            if stop():
-                self.turns.append(Turn(ended, (), self._clock(), 0.0, None))
-                return None
-            return self._turn(ended)
-
-    def give_up(self, run: Run) -> None:
-        """It will not end any more."""
-        with self._lock:
-            self.running = None
-            self.turns.append(Turn(Ended(run, failed=True), (), self._clock(), 0.0, None))
-
-    def _turn(self, ended: Ended | None) -> Run | None:
+    def decide(self) -> Turn:
+        """What to do now that the device is free."""
         now = self._clock()
         decisions, model, batch = self._scheduler.decide(now)
-        run = None
+        turn = Turn(decisions, now, self._clock() - now)
         if batch is not None and model is not None:
             hung_after_s = max(self._hung_s, _HUNG_RATIO * batch.expected_s)
-            run = Run(model, batch, now, hung_after_s, time.monotonic() + hung_after_s)
-        self.turns.append(Turn(ended, decisions, now, self._clock() - now, run))
-        self.running = run
-        return run
+            turn.run = Run(model, batch, now, hung_after_s, time.monotonic() + hung_after_s)
+        self.running = turn.run
+        return turn
 
-    def _infer(self, run: Run) -> tuple[Output, float]:
-        """What the model says of a batch, and the seconds that it took to."""
+    def settle(self) -> Turn:
+        """Nothing will run any more: what has an answer gets it."""
+        now = self._clock()
+        return Turn([policy.settle(now, math.inf) for policy in self._scheduler.policies.values()], now)
+
+    def infer(self, run: Run) -> tuple[Output, float]:
+        """What the model says of a batch, and the seconds that it took to. May be called in another thread."""
         begun_s = self._clock()
         batch, segment = run.batch, run.batch.segment
         source = np.stack([row.x if segment.embed else cast(Rows, row.state) for row in run.rows])
@@ -213,11 +160,19 @@ class Dispatch:
         )
         return output, self._clock() - begun_s
 
-    def _finish(self, run: Run, output: Output, ran_s: float) -> Ended:
-        """Note the answers that a batch has brought, tell the policy, and let the profile learn."""
-        model, batch, rows, ended = run.model, run.batch, run.rows, Ended(run)
-        ends = [len(row.at) * (not batch.segment.embed) + len(batch.segment.nodes) == len(row.target) for row in rows]
+    def failed(self) -> None:
+        """What runs brought nothing."""
+        self.running = None
+
+    def finish(self, run: Run, output: Output, ran_s: float) -> Ended:
+        """Note the answers that a run has brought, tell the policy, and let the profile learn."""
+        now = self._clock()
+        self.running = None
+        model, batch, rows, ended = run.model, run.batch, run.rows, Ended(now - run.start_s)
+        assert model.profile is not None
+        model.profile.observe(batch.segment, len(rows), ran_s, max(0.0, ended.took_s - ran_s))
         policy = self._scheduler.policies[model]
+        ends = [len(row.at) * (not batch.segment.embed) + len(batch.segment.nodes) == len(row.target) for row in rows]
         confidences = [0.0] * len(rows)
         if output.logits is not None:
             paths = [row.target if end else model.manifest.reference for row, end in zip(rows, ends, strict=True)]
@@ -237,19 +192,15 @@ class Dispatch:
                     labels[place], confidences[place], probabilities[place], row.target, None, output.logits[place]
                 )
                 if row.ticket is not None and row.ticket.on_answer is not None:
-                    ended.told.append((row, row.latest))
-        now = self._clock()
-        policy.finished(batch, confidences, now)
+                    ended.told.append(row)
         for ticket in {id(row.ticket): row.ticket for row in rows if row.ticket is not None}.values():
             if ticket.queue_s is None:
                 ticket.queue_s = run.start_s - ticket.arrived_s
-            ticket.compute_s += now - run.start_s
+            ticket.compute_s += ended.took_s
             if ticket.spans is not None:
                 attributes: dict[str, str | int] = {"hbll.nodes": format_path(batch.segment.nodes), "hbll.rows": len(rows)}
                 ticket.spans.append(Timed("segment", run.start_s, now, attributes))
-        ended.took_s = self._clock() - run.start_s
-        assert model.profile is not None
-        model.profile.observe(batch.segment, len(rows), ran_s, max(0.0, ended.took_s - ran_s))
+        policy.finished(batch, confidences, now)
         return ended
 
 

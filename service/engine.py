@@ -1,6 +1,6 @@
 """Admits requests, has their rows answered, and delivers the answers: what of serving happens on the event loop.
 
-What runs when is decided in `service.policy`, and carried out in `service.dispatch` by the thread of `service.worker`;
+What runs when is decided in `service.policy`, which `service.dispatch` asks; models run in the thread of `service.worker`;
 routes see the protocol in `service.answers`.
 """
 
@@ -21,7 +21,7 @@ from typing import cast
 
 from service.answers import Answer, OnAnswer, RowAnswer
 from service.audits import Audits
-from service.dispatch import Dispatch, Run, Turn
+from service.dispatch import Dispatch, Ended, Run, Turn
 from service.drift import DriftWatch
 from service.errors import (
     DeadlineExpired,
@@ -36,7 +36,7 @@ from service.policy import make_policy
 from service.policy.state import Step
 from service.policy.wish import StoppedBy, Wish
 from service.repository import ServedModel
-from service.runtime import Rows
+from service.runtime import Output, Rows
 from service.tickets import Ticket, TicketRow
 from service.tracing import Timed
 from service.worker import Worker, WorkerDied
@@ -49,9 +49,6 @@ _MOST_GUESSES = 8
 _ON_LOOP_S = 0.0005
 """A run that takes no longer, for the only request there is, runs on the event loop: the way to the inference thread and
 back takes about as long, and so does reading a request."""
-
-_IDLE_S = 0.001
-"""When nothing came for so long, nobody needs the device: audits may have it."""
 
 
 @dataclass(slots=True)
@@ -82,11 +79,10 @@ class Engine:
     _happened: asyncio.Event = field(default_factory=asyncio.Event)
     _order: itertools.count[int] = field(default_factory=itertools.count)
     _worker: Worker | None = None
-    _loop: asyncio.AbstractEventLoop | None = None
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _warm: bool = False
     _well: bool = True
-    _error: Exception | None = None
+    _ended: Ended | None = None
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -106,7 +102,7 @@ class Engine:
 
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Warm `models` up in the inference thread, then take requests."""
-        self._worker, self._loop = Worker("inference", self.metrics.worker_deaths.inc), asyncio.get_running_loop()
+        self._worker = Worker("inference", self.metrics.worker_deaths.inc)
         for model in models:
             if self._stopping.is_set():
                 return
@@ -145,8 +141,7 @@ class Engine:
             running, watching = self._tasks
             watching.cancel()
             await running
-        self._dispatch.settle()
-        self._hear()
+        self._deliver(self._dispatch.settle())
         self._fail_all(NotReady("the server is shutting down"))
         if self._worker is not None:
             await asyncio.to_thread(self._worker.stop)
@@ -204,7 +199,8 @@ class Engine:
             waits.audited = index == chosen
             ticket.rows.append(waits)
         self._tickets.add(ticket)
-        self._dispatch.arrive(model, ticket.rows, now)
+        for waits in ticket.rows:
+            self._dispatch.arrive(waits, now)
         self.metrics.requests.labels(*model.labels).inc()
         self.metrics.queue_rows.set(self._dispatch.waiting())
         self._happened.set()
@@ -215,7 +211,7 @@ class Engine:
                 if waits.audited and ticket.answers[waits.index] is None and done.cancelled():
                     self._audits.cut_short(waits)  # whoever leaves may do so because it takes long
                     self._happened.set()
-            self._dispatch.leave(model, ticket.rows)
+            self._leave(ticket)
             self.metrics.queue_rows.set(self._dispatch.waiting())
             raise
         finally:
@@ -245,72 +241,65 @@ class Engine:
         while not self._stopping.is_set():
             try:
                 await self._run_once()
-            except Exception as exc:
+            except Exception:
                 logger.exception("the engine met an error of its own; %d rows are refused", self._dispatch.waiting())
-                self._error, self._well = None, True
-                if isinstance(exc, WorkerDied):
-                    self._fail_all(NotReady("the inference thread was replaced: ask again in a second"))
-                else:
-                    self._fail_all(InferenceFailed("the server met an error of its own; its log has the cause"))
+                self._dispatch.failed()
+                self._fail_all(InferenceFailed("the server met an error of its own; its log has the cause"))
                 self._happened.clear()
                 if not self._stopping.is_set():
                     await self._happened.wait()
 
     async def _run_once(self) -> None:
         self._happened.clear()
-        self._begin_overdue_audits()
-        run = self._dispatch.decide()
-        if run is not None and self._is_short(run):
-            run = self._dispatch.run(run, self._stopping.is_set)
-        self._hear_or_raise()
-        if run is not None:
-            await self._carry_out(run)
-        wake_s = self._dispatch.wake_s()
-        if not self._audits:
-            await self._wait(wake_s)
-        elif not await self._wait(min(wake_s, self.clock() + _IDLE_S)):
-            for _ in range(min(self.max_batch, len(self._audits))):
-                self._begin_audit()
+        while self._audits.overdue(self.clock()):
+            self._begin_audit()
+        turn = self._dispatch.decide()
+        self.metrics.decision_seconds.observe(turn.thought_s)
+        if (run := turn.run) is None:
+            self._deliver(turn)
+            del turn, run  # an idle engine holds on to no model that is forgotten
+            if self._audits:
+                for _ in range(min(self.max_batch, len(self._audits))):
+                    self._begin_audit()
+            else:
+                await self._wait(self._dispatch.wake_s())
+            return
+        self.metrics.batch_rows.labels(*run.model.labels).observe(len(run.rows))
+        self.metrics.block_rows.labels(*run.model.labels).inc(len(run.rows) * len(run.batch.segment.nodes))
+        try:
+            output, ran_s = await self._infer(run, turn)
+        except Exception:
+            logger.exception("inference of %d rows of %s failed", len(run.rows), run.model.name)
+            self._dispatch.failed()
+            self._fail(run.rows, InferenceFailed("the model could not be run on this; the server's log has the cause"))
+            return
+        finally:
+            self._well = True
+        self._ended = self._dispatch.finish(run, output, ran_s)
+        self.metrics.profile_ratio.labels(*run.model.labels).observe(self._ended.took_s / run.batch.expected_s)
+        if overflowed := self._ended.overflowed:
+            self._fail(overflowed, InferenceFailed("the model overflowed on this input: its answer is no number"))
+
+    async def _infer(self, run: Run, turn: Turn) -> tuple[Output, float]:
+        """Run a batch, and deliver meanwhile what was decided with it."""
+        if self._is_short(run):
+            self._deliver(turn)
+            return self._dispatch.infer(run)
+        assert self._worker is not None
+        infer = partial(self._dispatch.infer, run)
+        running = self._worker.run(infer)  # before answers are built, so that the thread need not wait for that
+        self._deliver(turn)
+        try:
+            return await running
+        except WorkerDied:  # perhaps not of this batch: once more
+            self._well = False
+            return await self._worker.run(infer)
 
     def _is_short(self, run: Run) -> bool:
         """Whether it is quicker done here than told to the inference thread, and nobody else is kept waiting by that."""
         profile = run.model.profile
         assert profile is not None
         return len(self._tickets) == 1 and profile.typical_s(run.batch.segment, len(run.rows)) <= _ON_LOOP_S
-
-    async def _carry_out(self, run: Run) -> None:
-        """Let the inference thread run this, and whatever it decides to after it, until there is nothing to run."""
-        assert self._worker is not None
-        again: Run | None = None
-        while True:
-            try:
-                await self._worker.run(partial(self._run_on, run))
-            except WorkerDied:
-                self._well = False
-                self._hear_or_raise()  # what it had not told
-                died_in = self._dispatch.running
-                if died_in is None:
-                    raise  # while it thought: what it thought of is not to be trusted
-                if died_in is again:
-                    logger.exception("inference of %d rows of %s failed: it ends its thread", len(run.rows), run.model.name)
-                    self._dispatch.give_up(died_in)
-                    self._well = True
-                    self._hear_or_raise()
-                    self._happened.set()
-                    return
-                run = again = died_in  # perhaps not its fault: once more
-                continue
-            self._hear_or_raise()
-            return
-
-    def _run_on(self, run: Run) -> None:
-        """What the inference thread does."""
-        assert self._loop is not None
-        following: Run | None = run
-        while following is not None and self._error is None:
-            following = self._dispatch.run(following, self._stopping.is_set)
-            self._well = True
-            self._loop.call_soon_threadsafe(self._hear)
 
     async def _watch_for_hangs(self) -> None:
         """Say so when a run does not come back. A thread cannot be ended from outside, so all else that can be done is to
@@ -337,47 +326,19 @@ class Engine:
         run = self._dispatch.running
         return run is not None and time.monotonic() >= run.hung_at_s
 
-    async def _wait(self, until_s: float) -> bool:
-        """Until something happens, or until that time. Whether something did."""
+    async def _wait(self, until_s: float) -> None:
+        """Until something happens, or until that time."""
         if until_s == math.inf:
-            return await self._happened.wait()
+            await self._happened.wait()
+            return
         with suppress(TimeoutError):
             await asyncio.wait_for(self._happened.wait(), max(0.0, until_s - self.clock()))
-        return self._happened.is_set()
 
-    def _hear(self) -> None:
-        """Of all that was decided and run meanwhile. Called by the event loop, whom an error would not concern."""
-        try:
-            while self._dispatch.turns:
-                self._take_note(self._dispatch.turns.popleft())
-            self._begin_overdue_audits()
-        except Exception as exc:  # noqa: BLE001 (raised again where the engine's errors are handled)
-            self._error = exc
-
-    def _hear_or_raise(self) -> None:
-        self._hear()
-        if self._error is not None:
-            raise self._error
-
-    def _take_note(self, turn: Turn) -> None:
-        """Count what ran and what begins, and deliver what is decided."""
-        self.metrics.decision_seconds.observe(turn.thought_s)
-        if (ended := turn.ended) is not None:
-            labels = ended.run.model.labels
-            if ended.failed:
-                self._fail(
-                    ended.run.rows, InferenceFailed("the model could not be run on this; the server's log has the cause")
-                )
-            else:
-                self.metrics.profile_ratio.labels(*labels).observe(ended.took_s / ended.run.batch.expected_s)
-            if ended.overflowed:
-                self._fail(ended.overflowed, InferenceFailed("the model overflowed on this input: its answer is no number"))
-        if (run := turn.run) is not None:
-            self.metrics.batch_rows.labels(*run.model.labels).observe(len(run.rows))
-            self.metrics.block_rows.labels(*run.model.labels).inc(len(run.rows) * len(run.batch.segment.nodes))
+    def _deliver(self, turn: Turn) -> None:
+        """Let those who wait know what is decided, and what is known on the way."""
         for decision in turn.decisions:
             for row, stopped_by in cast(Sequence[tuple[TicketRow, StoppedBy]], decision.done):
-                self._deliver(row, stopped_by, turn.decided_s)
+                self._answer(row, stopped_by, turn.decided_s)
             for row in cast(Sequence[TicketRow], decision.expired):
                 self._fail([row], DeadlineExpired("the latency budget ran out in the queue, before any block had run"))
             for row in cast(Sequence[TicketRow], decision.refused):
@@ -385,15 +346,17 @@ class Engine:
                     by_s = self._feasible_s(row.model, row.wish, 1)
                     self._dispatch.learn_of_refusal(row.model)
                     self._fail([row], _infeasible(row.deadline_s, by_s, row.ticket.arrived_s))
-        for row, latest in ended.told if ended is not None else ():
+        for row in self._ended.told if self._ended is not None else ():
             ticket = row.ticket
             if ticket is None or ticket.on_answer is None or ticket.done.done() or ticket.answers[row.index] is not None:
                 continue  # its client has gone, or was told already that this is the final one
-            ticket.on_answer(row.index, latest)
+            assert row.latest is not None
+            ticket.on_answer(row.index, row.latest)
+        self._ended = None
         self.metrics.queue_rows.set(self._dispatch.waiting())
         self._forget_retired()
 
-    def _deliver(self, row: TicketRow, stopped_by: StoppedBy, decided_s: float) -> None:
+    def _answer(self, row: TicketRow, stopped_by: StoppedBy, decided_s: float) -> None:
         """A row has its final answer."""
         assert row.latest is not None
         ticket = row.ticket
@@ -420,25 +383,25 @@ class Engine:
                 spans.insert(0, Timed("queue", ticket.arrived_s, ticket.arrived_s + queue_s))
             ticket.done.set_result(Answer(tuple(answers), queue_s, ticket.compute_s, decided_s, tuple(spans or ())))
 
-    def _begin_overdue_audits(self) -> None:
-        while self._audits.overdue(self.clock()):
-            self._begin_audit()
-
     def _begin_audit(self) -> None:
         """Hand the oldest audit to its policy: nobody else needs the device, or it has waited long enough."""
         row = self._audits.take()
-        self._dispatch.arrive(row.model, [row], self.clock())
-        self._happened.set()
+        self._dispatch.arrive(row, self.clock())
 
     def _fail(self, rows: Iterable[TicketRow], error: ServiceError) -> None:
         """Refuse the requests of these rows."""
         for row in rows:
             ticket = row.ticket
             if ticket is None:
-                self._dispatch.leave(row.model, [row])
+                self._dispatch.leave(row)
             elif not ticket.done.done():
                 ticket.done.set_exception(error)
-                self._dispatch.leave(ticket.model, ticket.rows)
+                self._leave(ticket)
+
+    def _leave(self, ticket: Ticket) -> None:
+        """Take all rows of a request out of the policy."""
+        for row in ticket.rows:
+            self._dispatch.leave(row)
 
     def _fail_all(self, error: ServiceError) -> None:
         """Refuse whatever is in flight, and start from nothing: a policy that failed is not trusted with its state."""
@@ -447,7 +410,7 @@ class Engine:
                 row.gone, row.place = True, None  # the policy that had them is not asked again
             if not ticket.done.done():
                 ticket.done.set_exception(error)
-        self._dispatch.turns.clear()
+        self._ended = None
         for model in self._dispatch.models:
             self.add(model)
 

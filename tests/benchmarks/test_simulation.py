@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_report(name: str) -> None:
 
 
 def test_an_answer_takes_the_run_and_the_way_there_and_back() -> None:
-    hardware = Hardware(hop_s=0.001, jitter=0.0, send_s=0.002, receive_s=0.004)
+    hardware = Hardware(jitter=0.0, hop_s=0.001, decide_s=0.0005, read_s=0.002, send_s=0.0015, wire_s=0.002)
     report = run("static", np.array([1.0]), hardware=hardware)
     run_s = server("static")[1].profile.typical_s(Segment((4,), embed=True), 1)
     assert report.latency_s[0] == pytest.approx(run_s + 0.007)

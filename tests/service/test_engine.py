@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -541,84 +539,7 @@ def test_an_error_while_stopping_does_not_keep_the_engine_from_its_end() -> None
     run(test)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_dies_while_it_thinks_loses_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the policy knows then is not to be trusted: who waits is told to ask again."""
-
-    async def test() -> None:
-        async with bench() as b:
-            tasks: list[asyncio.Task[Answer]] = []
-
-            async def start() -> None:
-                tasks.extend(b.ask(0.02 * n, exit_at=0.99, asked_as="confidence") for n in range(8))
-                monkeypatch.setattr("service.policy.ladder_edf.LadderEdf.finished", lambda *_: sys.exit())
-
-            with pytest.raises(NotReady, match="the inference thread was replaced"):
-                await b.held(start)
-            monkeypatch.undo()
-            for task in tasks:
-                with pytest.raises(NotReady):
-                    await task
-            assert (await b.ask(0.1)).rows
-            assert b.engine.ready
-            assert b.metric("hbll_worker_deaths_total") == 1
-
-    run(test)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_dies_with_its_tongue_tied_still_has_its_answers_delivered() -> None:
-    """It decided that a row is done and began the next run, and the event loop had not heard of it."""
-
-    async def test() -> None:
-        async with bench() as b:
-            tasks: list[asyncio.Task[Answer]] = []
-            assert b.engine._loop is not None
-
-            async def start() -> None:
-                tasks.extend([b.ask(0.9, path=(4,)), b.ask(0.1, path=(1, 2, 4))])
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(b.engine, "_loop", Deaf(b.engine._loop))
-                await b.held(start)
-                answers = await asyncio.gather(*tasks)
-            assert [answer.rows[0].path for answer in answers] == [(4,), (1, 2, 4)]
-            assert b.metric("hbll_worker_deaths_total") == 1
-
-    class Deaf:
-        """The loop, as it is to a thread that is killed on the way to it, once."""
-
-        def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-            self.loop = loop
-            self.calls = 0
-
-        def call_soon_threadsafe(self, callback: Callable[[], object]) -> None:
-            self.calls += 1
-            if self.calls == 2:
-                raise SystemExit
-            self.loop.call_soon_threadsafe(callback)
-
-    run(test)
-
-
 # Who has the device
-
-
-def test_the_device_does_not_wait_for_an_event_loop_that_is_busy() -> None:
-    async def test() -> None:
-        async with bench() as b:
-            b.runner.go.clear()
-            b.runner.began.clear()
-            tasks = [b.ask(0.1, exit_at=0.99, asked_as="confidence") for _ in range(3)]
-            await asyncio.to_thread(b.runner.began.wait, 30)
-            b.runner.go.set()
-            ends = time.monotonic() + 30
-            while len(b.runner.runs) < 4 and time.monotonic() < ends:
-                time.sleep(0.001)  # nothing else is done by the loop meanwhile
-            assert [nodes for nodes, _, _ in b.runner.runs] == [(4,), (6,), (7,), (1, 2, 3, 4, 5, 6, 7)]
-            await asyncio.gather(*tasks)
-
-    run(test)
 
 
 def test_a_short_run_for_the_only_request_is_done_by_the_event_loop_itself() -> None:
