@@ -179,9 +179,10 @@ def play_all(world: World, jobs: Sequence[Job], workers: int) -> list[Played]:
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--requests", type=click.IntRange(min=100), default=10_000, show_default=True, help="Of one trace.")
 @click.option("--hop-us", default=100.0, show_default=True, help="To the inference thread and back.")
-@click.option("--decide-us", default=200.0, show_default=True, help="For the event loop to hear of a run and decide.")
-@click.option("--http-us", default=180.0, show_default=True, help="For it to read a request, and to send an answer.")
+@click.option("--decide-us", default=400.0, show_default=True, help="For the event loop to hear of a run and decide.")
+@click.option("--http-us", default=140.0, show_default=True, help="For it to read a request, and to send an answer.")
 @click.option("--wire-us", default=750.0, show_default=True, help="To the server and back.")
+@click.option("--contention", default=0.8, show_default=True, help="By what share all that takes longer beside a run.")
 @click.option("--jitter", default=0.1, show_default=True, help="Standard deviation of the logarithm of a run's time.")
 @click.option("--workers", type=click.IntRange(min=1), default=lambda: os.cpu_count() or 1, help="Processes.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for simulation.csv and a plot.")
@@ -198,6 +199,7 @@ def main(
     decide_us: float,
     http_us: float,
     wire_us: float,
+    contention: float,
     jitter: float,
     workers: int,
     out: Path | None,
@@ -214,7 +216,7 @@ def main(
       hbll simulate --against docs/bench
     """
     hop_s, decide_s, http_s, wire_s = (microseconds / 1e6 for microseconds in (hop_us, decide_us, http_us, wire_us))
-    hardware = Hardware(jitter, hop_s, decide_s, read_s=http_s, send_s=http_s, wire_s=wire_s)
+    hardware = Hardware(jitter, hop_s, decide_s, read_s=http_s, send_s=http_s, wire_s=wire_s, contention=contention)
     try:
         world = open_world(bundle, hardware, machine)
         if against is not None:

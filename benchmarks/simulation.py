@@ -47,6 +47,8 @@ class Hardware:
         read_s: what it takes to read a request.
         send_s: what it takes to send an answer.
         wire_s: what a request and its answer take on their way, which clients know of and ask for that much less.
+        contention: by what share all that takes the event loop longer while a model runs: they share processors, caches
+            and Python's lock.
     """
 
     jitter: float = 0.1
@@ -55,6 +57,7 @@ class Hardware:
     read_s: float = 0.0
     send_s: float = 0.0
     wire_s: float = 0.0
+    contention: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -74,15 +77,19 @@ class Report(Shares):
 class _Server:
     """`loop_s`: until when its event loop is busy."""
 
-    def __init__(self, policy: Policy, offer: Offer) -> None:
+    def __init__(self, policy: Policy, offer: Offer, contention: float) -> None:
         self.policy, self.offer = policy, offer
+        self._contention = contention
         self.running: Batch | None = None
         self.start_s = self.ran_s = self.ends_s = self.loop_s = 0.0
         self.wake_s = math.inf
 
     def occupy(self, now_s: float, took_s: float) -> float:
         """Its event loop does something next. Returns when it has."""
-        self.loop_s = max(now_s, self.loop_s) + took_s
+        start_s = max(now_s, self.loop_s)
+        if start_s < self.ends_s:
+            took_s *= 1 + self._contention
+        self.loop_s = start_s + took_s
         return self.loop_s
 
     @property
@@ -116,7 +123,7 @@ def simulate(
     images = rng.integers(len(outcomes), size=count).tolist()
     first, second = (rng.integers(servers, size=(2, count))).tolist()
     noise = np.exp(hardware.jitter * rng.standard_normal(4096)).tolist()
-    fleet = [_Server(*make()) for _ in range(servers)]
+    fleet = [_Server(*make(), hardware.contention) for _ in range(servers)]
     report = Report(budget_s, np.zeros(count, np.int16), np.zeros(count, np.bool_), np.full(count, np.inf))
     depth, right, latency = report.depth, report.right, report.latency_s
     counts = {"answered": 0, "expired": 0, "refused": 0, "full": 0}
@@ -152,7 +159,7 @@ def simulate(
         counts["answered"] += len(decision.done)
         counts["expired"] += len(decision.expired)
         counts["refused"] += len(decision.refused)
-        server.loop_s += hardware.send_s * (len(decision.expired) + len(decision.refused))
+        server.occupy(now, hardware.send_s * (len(decision.expired) + len(decision.refused)))
         if batch is None:
             wake = server.policy.wake_s()
             if wake < math.inf and wake != server.wake_s:

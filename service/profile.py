@@ -5,6 +5,9 @@ sizes) and added up. What the inference thread really takes is told in relation 
 ratios of the latest runs of about the same batch size. What a run waits for beside, until the thread begins and until the
 event loop hears of its end, does not depend on the run and is added: the 0.95 quantile of the latest runs, too. So a
 processor that somebody else wants as well shows after a few runs, and is forgotten as fast.
+
+A request waits for a busy event loop as a run's end does, but nobody can tell for how long: when it is read, it begins to
+exist. So the 0.99 quantile of these waits is kept back from every budget, with what sending takes.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from family.tree import Path
 
 QUANTILE = 0.95
-SEND_QUANTILE = 0.99
+KEPT_BACK_QUANTILE = 0.99
 _WINDOW = 50
 _LEAST_RUNS, _MOST_RUNS, _CELL_S = 5, 30, 0.01
 
@@ -65,7 +68,8 @@ class LatencyProfile:
         self._typical: dict[Segment, list[float]] = {}
         self._ratios = [_Window(QUANTILE) for _ in range(self.max_batch.bit_length() + 1)]
         self._waits = _Window(QUANTILE, quantile=0.0)
-        self._sends = _Window(SEND_QUANTILE, size=200, quantile=0.0)
+        self._lags = _Window(KEPT_BACK_QUANTILE, quantile=0.0)
+        self._sends = _Window(KEPT_BACK_QUANTILE, size=200, quantile=0.0)
 
     def typical_s(self, segment: Segment, rows: int) -> float:
         """The median at warm-up, between batch sizes interpolated; beyond the largest, as many of those as needed.
@@ -94,12 +98,13 @@ class LatencyProfile:
             self._window(rows).add(took_s / expected_s)
         if waited_s is not None:
             self._waits.add(waited_s)
+            self._lags.add(waited_s)
 
     @property
-    def send_s(self) -> float:
-        """What it takes as of late from the decision that an answer is final to handing the response over: the 0.99
-        quantile. On a busy machine that is more than the work: everybody waits for a processor."""
-        return self._sends.quantile
+    def outside_s(self) -> float:
+        """How much of a budget passes, as of late, before a request is read, and from the decision that its answer is
+        final to handing the response over: the sum of the two 0.99 quantiles."""
+        return self._lags.quantile + self._sends.quantile
 
     def observe_send(self, took_s: float) -> None:
         """Learn that sending an answer took so long."""
@@ -107,7 +112,7 @@ class LatencyProfile:
 
     def relax(self) -> None:
         """Expect a little less: for when nothing is run because too much is expected, and so nothing is learned."""
-        for window in (*self._ratios, self._waits, self._sends):
+        for window in (*self._ratios, self._waits, self._lags, self._sends):
             window.relax()
 
     def ratio(self, rows: int) -> float:

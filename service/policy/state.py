@@ -51,8 +51,9 @@ class Offer:
 
     @property
     def reserve_s(self) -> float:
-        """Time kept back from every budget: what sending answers takes as of late, if that is more than the least."""
-        return max(self.least_reserve_s, self.profile.send_s)
+        """Time kept back from every budget: what passes as of late outside of a policy's view, if that is more than the
+        least."""
+        return max(self.least_reserve_s, self.profile.outside_s)
 
     @property
     def reference(self) -> Path:
