@@ -25,8 +25,9 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
+from family.tree import Path
 from service.policy.joining import join
-from service.policy.price import Price
+from service.policy.price import COIN, Price
 from service.policy.queues import Key, SortedQueue
 from service.policy.state import Batch, Decision, Offer, Row, Step, segment_between
 from service.policy.wish import StoppedBy, Wish
@@ -372,6 +373,8 @@ class LadderEdf:
         if alone and (direct := self._direct(rows, now_s, spare_s)) is not None:
             return rows, direct
         left_s = self._spare_s(now_s, (*others, *self._batches_of(segment, queue, 0)))
+        if (straight := self._straight(rows, now_s, min(spare_s, left_s, self._quantum_s()))) is not None:
+            return rows, straight
         return self._join(rows, segment, now_s, min(spare_s, self._quantum_s()), left_s)
 
     def _first_places(self, segment: Segment, queue: SortedQueue[Row], now_s: float, others: Sequence[_Due]) -> list[int]:
@@ -408,6 +411,31 @@ class LadderEdf:
         for row in rows:
             row.target = offer.reference
         return segment
+
+    def _straight(self, rows: Sequence[Row], now_s: float, limit_s: float) -> Segment | None:
+        """The deepest path that is worth its time to rows that would climb, and that one run of all of them reaches
+        sooner than one for their first answers and another for those that are unsure then: of few rows, a run costs more
+        than their blocks."""
+        offer, first = self._offer, self._offer.climb[0]
+        if any(row.wish.path is not None or row.wish.exit_at is not None or row.at for row in rows):
+            return None
+        count, latency_s = len(rows), offer.profile.latency_s
+        limit_s = min(limit_s, min(row.deadline_s for row in rows) - offer.reserve_s - now_s)
+        wrong = 1 - offer.accuracies[first]
+        unsure = math.ceil(count * min(1.0, wrong / COIN))
+        first_s = latency_s(Segment(first, embed=True), count)
+        best: Path | None = None
+        for path in offer.climb[1:]:
+            took_s = latency_s(Segment(path, embed=True), count)
+            in_two_s = first_s + latency_s(segment_between(first, path), unsure)
+            gain = count * (offer.accuracies[path] - offer.accuracies[first])
+            if took_s <= min(limit_s, in_two_s) and gain > self._price.per_second * (took_s - first_s):
+                best = path
+        if best is None:
+            return None
+        for row in rows:
+            row.target = best
+        return Segment(best, embed=True)
 
     def _best_deeper(self, now_s: float, spare_s: float) -> _Deeper | None:
         """The batch that gains most per second among rows that have an answer and the time for a better one."""

@@ -19,7 +19,7 @@ _RISE = 0.005
 _FALL_S = 0.02
 """Idle time in which it falls to 1/e."""
 
-_COIN = 0.5
+COIN = 0.5
 """Of rows that go deeper and are still wrong now and then, confidence is taken to tell those apart that are wrong so
 often; the others are then right."""
 
@@ -75,7 +75,7 @@ class Price:
                 least_s = offer.in_pieces_s(segment_between(at, target), longest_s)
                 option = Option(target, offer.gain(at, target, 0.0), self._cost_s(at, target), least_s, *then[target])
                 options.append(option)
-            value, following = self.best(options, _COIN)
+            value, following = self.best(options, COIN)
             then[at] = value, next((option.least_s for option in options if option.target == following), 0.0)
         return options
 
@@ -87,7 +87,7 @@ class Price:
             if option.least_s > left_s:
                 continue
             gain = option.share * wrong
-            unsure = min(1.0, (wrong - gain) / _COIN)
+            unsure = min(1.0, (wrong - gain) / COIN)
             then = option.then if option.least_s + option.then_s <= left_s else 0.0
             net = gain - self.per_second * option.cost_s + unsure * then
             if net > value or (net == value and self.per_second == 0):  # free: no gain is too small
