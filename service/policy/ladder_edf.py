@@ -14,7 +14,8 @@ share a batch, and newcomers join in between. Whenever the device is free:
     row's confidence (`Offer.gain`); of first answers what the step after them puts right.
 3.  Rows that are not worth the device's time are answered at once (`service.policy.price`), and so are those that could
     not go deeper in time after the run that is about to begin.
-4.  If nothing else waits, rows without a wish go to the best path directly.
+4.  If nothing else waits, rows without a wish go to the best path directly; and to a deeper one than the shallowest if that
+    takes less time than one run for a first answer and another for those that are unsure then.
 """
 
 from __future__ import annotations
@@ -360,7 +361,8 @@ class LadderEdf:
 
     def _quantum_s(self) -> float:
         """The longest that a run may take because of rows that have not arrived yet; one row can always run a block."""
-        return max(_SHARE_OF_BUDGET * self._tightest_s, self._offer.profile.latency_s(self._slowest, 1))
+        share_s = _SHARE_OF_BUDGET * (self._tightest_s - self._offer.reserve_s)
+        return max(share_s, self._offer.profile.latency_s(self._slowest, 1))
 
     def _first_answers(self, now_s: float, spare_s: float, batches: dict[Segment, list[_Due]]) -> tuple[list[Row], Segment]:
         """The most urgent queue's next batch."""
