@@ -86,8 +86,8 @@ def markdown(experiment: Experiment, results: Sequence[Result], diverged: Sequen
         f"{stand_in}Data: {experiment.data}",
         f"Figures: {experiment.quantity}. Ours are means over {' or '.join(map(str, counts))} run(s) ± standard error; an "
         "empty cell was not run, or the paper has no such figure.",
-        f"{len(results)} of {len(experiment.trials)} runs: {cores:.1f} core-minutes of CPU time together ({minutes:.1f} minutes "
-        "of wall time, to which other work on the machine adds).",
+        f"{len(results)} of {len(experiment.trials)} runs: {cores:.1f} core-minutes of CPU time together ({minutes:.1f} "
+        "minutes of wall time, to which other work on the machine adds).",
         *experiment.notes,
         *(["Diverged and left out: " + ", ".join(diverged)] if diverged else []),
     ]
