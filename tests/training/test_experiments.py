@@ -202,6 +202,15 @@ def test_a_killed_trial_measures_what_an_uninterrupted_one_does(tmp_path: Path, 
     assert type(trial).model_validate_json(trial.model_dump_json()) == trial
 
 
+def test_a_recurrent_trial_reports_the_chain_and_the_trees_last_and_first_rung(tmp_path: Path) -> None:
+    trial = _rnn_trial()
+    columns = [cell.column for cell in run_trial(trial, tmp_path).cells]
+    assert columns == ["seq", "tree", "tree, first rung"]
+    flat = trial.model_copy(update={"name": "flat", "hierarchy_depth": 1})
+    seq, last, first = (cell.value for cell in run_trial(flat, tmp_path).cells)
+    assert seq == last == first, "with one level the only rung is the chain"
+
+
 def test_a_cell_of_several_paths_is_the_worst_of_them(tmp_path: Path) -> None:
     values = {cell.column: cell.value for cell in run_trial(_family_trial(), tmp_path).cells}
     assert values["worst"] == min(values["full"], values["rung"])
