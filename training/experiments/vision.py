@@ -14,7 +14,7 @@ from training.experiments.families import FamilyTrial, Reading, run_config
 from training.experiments.source import describe, images
 from training.methods import METHODS
 
-EPOCHS = {"smoke": 1, "small": 10, "paper": 500}
+EPOCHS = {"smoke": 1, "small": 8, "paper": 500}
 _GUESSES = (
     "Guessed: the width and heads of the ViT and its patches; warm-up of 100 steps and a cosine to zero. HBLL is "
     "`hbll-paper`: latent losses summed over features, c = 1/4. RandAugment, which the paper uses, is not among ours."
