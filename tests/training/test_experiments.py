@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -116,10 +117,26 @@ def test_the_table_has_means_with_errors_and_the_papers_figures_beside(tmp_path:
         "| a | 90.5 ± 0.5 |  | 80.0 ± 0.0 | 56 |",
     ]
     assert "**Not the paper's data.** Data: made up." in text
-    assert "3 of 3 runs" in text
+    assert "3 of 3 runs: 0.0 core-minutes of CPU time" in text
     assert "- A guess." in text
     assert "    hbll reproduce table0" in lines
     assert figures(results)["a", "BP"].runs == 2
+
+
+def test_time_is_counted_in_core_minutes(tmp_path: Path) -> None:
+    """Waiting costs wall time alone."""
+
+    class Slow(Known):
+        def measure(self, folder, on_share):
+            time.sleep(0.2)
+            return super().measure(folder, on_share)
+
+    trial = Slow(name="one", values={"BP": 1.5})
+    result = run_trial(trial, tmp_path)
+    assert result.core_seconds < 0.2 <= result.seconds
+    shown = result.model_copy(update={"core_seconds": 90.0, "seconds": 600.0})
+    text = " ".join(markdown(_experiment(trial), [shown], [], "hbll reproduce table0").split())
+    assert "1 of 1 runs: 1.5 core-minutes of CPU time together (10.0 minutes of wall time" in text
 
 
 def test_figures_in_another_unit_than_the_papers_say_so(tmp_path: Path) -> None:
@@ -183,6 +200,15 @@ def test_a_killed_trial_measures_what_an_uninterrupted_one_does(tmp_path: Path, 
     assert shares[0] > 0.4, "started again from nothing"
     assert resumed.cells == whole.cells
     assert type(trial).model_validate_json(trial.model_dump_json()) == trial
+
+
+def test_a_recurrent_trial_reports_the_chain_and_the_trees_last_and_first_rung(tmp_path: Path) -> None:
+    trial = _rnn_trial()
+    columns = [cell.column for cell in run_trial(trial, tmp_path).cells]
+    assert columns == ["seq", "tree", "tree, first rung"]
+    flat = trial.model_copy(update={"name": "flat", "hierarchy_depth": 1})
+    seq, last, first = (cell.value for cell in run_trial(flat, tmp_path).cells)
+    assert seq == last == first, "with one level the only rung is the chain"
 
 
 def test_a_cell_of_several_paths_is_the_worst_of_them(tmp_path: Path) -> None:

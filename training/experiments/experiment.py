@@ -58,12 +58,17 @@ class Trial(BaseModel, ABC):
 
 
 class Result(BaseModel):
-    """What a finished trial measured. `seconds`: wall time, without what a killed run had spent before."""
+    """What a finished trial measured.
+
+    `seconds`: wall time. `core_seconds`: CPU time of its process, all threads together, which other work on the machine
+    hardly changes. Both without what a killed run had spent before.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     trial: str
     seconds: float
+    core_seconds: float
     cells: tuple[Cell, ...]
 
 
@@ -103,9 +108,10 @@ def run_trial(trial: Trial, out: Path, on_share: OnShare = lambda _: None) -> Re
         return _read(Result, finished)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(claim, trial.model_dump_json(indent=2).encode())
-    start = time.perf_counter()
+    start, cores = time.perf_counter(), time.process_time()
     cells = trial.measure(folder, on_share)
-    result = Result(trial=trial.name, seconds=time.perf_counter() - start, cells=tuple(cells))
+    seconds, core_seconds = time.perf_counter() - start, time.process_time() - cores
+    result = Result(trial=trial.name, seconds=seconds, core_seconds=core_seconds, cells=tuple(cells))
     write_atomically(finished, result.model_dump_json(indent=2).encode())
     return result
 

@@ -69,9 +69,9 @@ _MLP_METHODS: tuple[MethodName, ...] = "bp", "cffm", "hbll-paper", "hbll"
 
 def table1(scale: Scale, folder: Path | None) -> Experiment:
     """Sigmoid MLPs without residuals or normalisation on MNIST: where backpropagation fails and HBLL does not."""
-    depths, epochs = {"smoke": ((2, 4), 1), "small": ((2, 3, 4), 40), "paper": ((2, 3, 4), 100)}[scale]
+    depths, epochs = {"smoke": ((2, 4), 1), "small": ((2, 3, 4), 30), "paper": ((2, 3, 4), 100)}[scale]
     data = images("table1", scale, folder, DigitsConfig(shift=0))
-    widths = {50: 1} if scale == "smoke" else {100: 3, 50: 3, 500: 1 if scale == "small" else 3}
+    widths = {"smoke": {50: 1}, "small": {100: 3}, "paper": {100: 3, 50: 3, 500: 3}}[scale]
     trials = [
         _mlp_trial(method, data, hidden, depth, epochs, seed)
         for hidden, seeds in widths.items()

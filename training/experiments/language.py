@@ -164,8 +164,6 @@ def table9(scale: Scale, folder: Path | None) -> Experiment:
     mixed = TrainConfig(method="hbll+chains")
     of_a_step = METHODS[mixed.method].evaluations(mixed, tree)
     trials.append(trial("`hbll+chains`, equal work", mixed.method, round(equal_work / of_a_step)))
-    if scale == "small":
-        trials.append(trial("`hbll`, equal work", "hbll", round(equal_work / METHODS["hbll"].evaluations(mixed, tree))))
     text = _text(folder)
     return Experiment(
         name="table9",

@@ -78,14 +78,16 @@ def markdown(experiment: Experiment, results: Sequence[Result], diverged: Sequen
             if column in published:
                 cells.append(f"{paper[row, column]:g}" if (row, column) in paper else "")
         lines.append(_line(cells))
-    seconds = sum(result.seconds for result in results)
+    cores = sum(result.core_seconds for result in results) / 60
+    minutes = sum(result.seconds for result in results) / 60
     counts = sorted({figure.runs for figure in ours.values()})
     stand_in = f"{NOT_THE_PAPERS_DATA} " if experiment.stand_in else ""
     facts = [
         f"{stand_in}Data: {experiment.data}",
         f"Figures: {experiment.quantity}. Ours are means over {' or '.join(map(str, counts))} run(s) ± standard error; an "
         "empty cell was not run, or the paper has no such figure.",
-        f"{len(results)} of {len(experiment.trials)} runs, {seconds / 60:.1f} minutes of their processes together.",
+        f"{len(results)} of {len(experiment.trials)} runs: {cores:.1f} core-minutes of CPU time together ({minutes:.1f} "
+        "minutes of wall time, to which other work on the machine adds).",
         *experiment.notes,
         *(["Diverged and left out: " + ", ".join(diverged)] if diverged else []),
     ]

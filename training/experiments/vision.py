@@ -14,7 +14,7 @@ from training.experiments.families import FamilyTrial, Reading, run_config
 from training.experiments.source import describe, images
 from training.methods import METHODS
 
-EPOCHS = {"smoke": 1, "small": 15, "paper": 500}
+EPOCHS = {"smoke": 1, "small": 10, "paper": 500}
 _GUESSES = (
     "Guessed: the width and heads of the ViT and its patches; warm-up of 100 steps and a cosine to zero. HBLL is "
     "`hbll-paper`: latent losses summed over features, c = 1/4. RandAugment, which the paper uses, is not among ours."
@@ -94,13 +94,13 @@ def _by_depth(
 
 def table7(scale: Scale, folder: Path | None) -> Experiment:
     """CIFAR-10; below scale paper the digits."""
-    data = images("table7", scale, folder, DigitsConfig(shift=4), shift=4, flip=True)
+    data = images("table7", scale, folder, DigitsConfig(shift=2), shift=4, flip=True)
     return _by_depth("table7", scale, data, 1, 0.005, published.TABLE7, "a ViT family by depth (the paper: CIFAR-10)")
 
 
 def table8(scale: Scale, folder: Path | None) -> Experiment:
     """Top 5 of CIFAR-100's classes; below scale paper the top 2 of ten digits."""
-    data = images("table8", scale, folder, DigitsConfig(shift=4), shift=4, flip=True)
+    data = images("table8", scale, folder, DigitsConfig(shift=2), shift=4, flip=True)
     top = 5 if scale == "paper" else 2
     title = "a ViT family by depth (the paper: top 5 of CIFAR-100)"
     return _by_depth("table8", scale, data, top, 0.002, published.TABLE8, title)
