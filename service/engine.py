@@ -88,6 +88,7 @@ class Engine:
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(self.clock, self.hung_s)
         self._audits = Audits(self._order.__next__, self.clock)
+        self.metrics.queue_rows.set_function(self._dispatch.waiting)
 
     @property
     def ready(self) -> bool:
@@ -202,7 +203,6 @@ class Engine:
         for waits in ticket.rows:
             self._dispatch.arrive(waits, now)
         self.metrics.requests.labels(*model.labels).inc()
-        self.metrics.queue_rows.set(self._dispatch.waiting())
         self._happened.set()
         try:
             return await done
@@ -212,7 +212,6 @@ class Engine:
                     self._audits.cut_short(waits)  # whoever leaves may do so because it takes long
                     self._happened.set()
             self._leave(ticket)
-            self.metrics.queue_rows.set(self._dispatch.waiting())
             raise
         finally:
             self._tickets.discard(ticket)
@@ -353,7 +352,6 @@ class Engine:
             assert row.latest is not None
             ticket.on_answer(row.index, row.latest)
         self._ended = None
-        self.metrics.queue_rows.set(self._dispatch.waiting())
         self._forget_retired()
 
     def _answer(self, row: TicketRow, stopped_by: StoppedBy, decided_s: float) -> None:

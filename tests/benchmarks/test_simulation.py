@@ -75,6 +75,24 @@ def test_an_answer_takes_the_run_and_the_way_there_and_back() -> None:
     assert report.attainment == 1.0
 
 
+def test_the_event_loop_does_one_thing_after_another_and_hears_of_a_run_when_it_has_time() -> None:
+    """Three requests at once are read one by one and run together; a fourth, which comes during the run, is read while it
+    lasts, so that the loop is late to hear of its end."""
+    profile = server("static")[1].profile
+    first, three, one = Segment((4,), embed=True), 3, 1
+    run_s, next_s = (profile.typical_s(first, rows) for rows in (three, one))
+    hardware = Hardware(jitter=0.0, decide_s=0.0005, read_s=0.004, send_s=0.001, contention=1.0)
+    came_s = 1.0 + 3 * 0.004 + run_s / 2
+    report = run("static", np.array([1.0, 1.0, 1.0, came_s]), hardware=hardware, budget_s=1.0)
+    read_s = came_s + 2 * 0.004  # beside the run it takes twice as long
+    assert run_s < 0.008
+    heard_s = read_s + 0.0005
+    # Answers are sent beside the next run, too.
+    assert report.latency_s[:3] == pytest.approx([heard_s + count * 2 * 0.001 - 1.0 for count in (1, 2, 3)])
+    last_s = max(heard_s + next_s, heard_s + 3 * 2 * 0.001) + 0.0005 + 0.001
+    assert report.latency_s[3] == pytest.approx(last_s - came_s)
+
+
 def test_round_times_without_jitter_come_to_an_end() -> None:
     """Bug found: where a row was to be given up at the very time of another event, the simulation asked for ever."""
     arrivals_s = np.arange(200) / 512

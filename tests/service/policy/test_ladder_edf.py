@@ -60,6 +60,38 @@ def test_nobody_expires_whose_budget_is_longer_than_all_the_work(gaps, family) -
     assert all(row.in_time for row in play("ladder-edf", trace, offer).rows)
 
 
+SURE = {(4,): 0.9, (4, 6): 0.92, (4, 6, 7): 0.94}
+"""One answer in ten is wrong, so one row in five is expected to be unsure."""
+
+
+@pytest.mark.parametrize(
+    ("rows", "waits_s", "path"),
+    [
+        (2, 0.0, (4, 6)),  # 3.2 ms; 1.95 and 1.6 in two runs
+        (4, 0.0, (4,)),  # 4.2 ms; 2.45 and 1.6
+        (4, 0.0005, (4, 6)),  # 4.7 ms; 2.95 and 2.1
+    ],
+)
+def test_first_answers_are_deeper_where_one_run_takes_less_than_two(
+    rows: int, waits_s: float, path: tuple[int, ...]
+) -> None:
+    """The reference path takes longer than a run may, for those who come meanwhile."""
+    offer = make_offer(SURE)
+    offer.profile.observe(FIRST, 1, FIRST_S, waits_s)
+    device = play("ladder-edf", [Come(0.0, Wish(deadline_s=0.0265), (0.9,)) for _ in range(rows)], offer)
+    assert device.batches[0].segment == Segment(path, embed=True)
+    assert len(device.batches[0].rows) == rows
+    assert all(row.in_time for row in device.rows)
+
+
+def test_who_has_a_wish_of_confidence_is_answered_rung_by_rung_whatever_runs_cost() -> None:
+    offer = make_offer(SURE)
+    offer.profile.observe(FIRST, 1, FIRST_S, 0.01)
+    wish = Wish(exit_at=0.8, asked_as="confidence", deadline_s=0.1)
+    device = play("ladder-edf", [Come(0.0, wish, (0.9,)) for _ in range(2)], offer)
+    assert [batch.segment for batch in device.batches] == [FIRST]
+
+
 @pytest.mark.parametrize("load", [0.1, 0.3, 0.6, 0.8])
 @pytest.mark.parametrize("budget_s", [0.01, 0.03, 0.1])
 def test_below_capacity_every_answer_is_in_time(load: float, budget_s: float) -> None:
