@@ -6,8 +6,9 @@ ratios of the latest runs of about the same batch size. What a run waits for bes
 event loop hears of its end, does not depend on the run and is added: the 0.95 quantile of the latest runs, too. So a
 processor that somebody else wants as well shows after a few runs, and is forgotten as fast.
 
-A request waits for a busy event loop as a run's end does, but nobody can tell for how long: when it is read, it begins to
-exist. So the 0.99 quantile of these waits is kept back from every budget, with what sending takes.
+What sending an answer takes is kept back from every budget, the 0.99 quantile. A request waits for a busy event loop as a
+run's end does, but nobody can tell for how long: when it is read, it begins to exist. So the 0.99 quantile of these waits
+is kept back as well from what is not a must.
 """
 
 from __future__ import annotations
@@ -101,10 +102,15 @@ class LatencyProfile:
             self._lags.add(waited_s)
 
     @property
-    def outside_s(self) -> float:
-        """How much of a budget passes, as of late, before a request is read, and from the decision that its answer is
-        final to handing the response over: the sum of the two 0.99 quantiles."""
-        return self._lags.quantile + self._sends.quantile
+    def lag_s(self) -> float:
+        """How long a request waits, as of late, until the event loop reads it: the 0.99 quantile of what runs wait for."""
+        return self._lags.quantile
+
+    @property
+    def send_s(self) -> float:
+        """What it takes as of late from the decision that an answer is final to handing the response over: the 0.99
+        quantile. On a busy machine that is more than the work: everybody waits for a processor."""
+        return self._sends.quantile
 
     def observe_send(self, took_s: float) -> None:
         """Learn that sending an answer took so long."""

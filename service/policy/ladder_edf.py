@@ -115,7 +115,7 @@ class LadderEdf:
                 else:
                     if row.answered not in options:
                         options[row.answered] = self._price.options(row.answered, self._quantum_s())
-                    left_s = row.deadline_s - now_s - self._offer.reserve_s
+                    left_s = row.deadline_s - now_s - self._offer.careful_reserve_s
                     _, following = self._price.best(options[row.answered], 1 - confidence, left_s)
                 if following is not None:
                     row.target = following
@@ -252,7 +252,7 @@ class LadderEdf:
         gain = self._offer.gain(row.answered, row.target, row.confidence)
         until_s = row.patient_until_s
         if not patient:
-            until_s = row.deadline_s - self._offer.reserve_s - self._offer.in_pieces_s(segment, self._quantum_s())
+            until_s = row.deadline_s - self._offer.careful_reserve_s - self._offer.in_pieces_s(segment, self._quantum_s())
             if until_s < now_s:
                 self._done.append((row, "budget"))
                 return
@@ -337,7 +337,7 @@ class LadderEdf:
 
     def _spare_s(self, now_s: float, batches: Iterable[_Due]) -> float:
         """How long a run may take that leaves all first answers in time: these batches, earliest deadline first."""
-        spare_s, ready_s = math.inf, now_s + self._offer.reserve_s
+        spare_s, ready_s = math.inf, now_s + self._offer.careful_reserve_s
         for due_s, took_s in sorted(batches):
             ready_s += took_s
             spare_s = min(spare_s, due_s - ready_s)
@@ -361,7 +361,7 @@ class LadderEdf:
 
     def _quantum_s(self) -> float:
         """The longest that a run may take because of rows that have not arrived yet; one row can always run a block."""
-        share_s = _SHARE_OF_BUDGET * (self._tightest_s - self._offer.reserve_s)
+        share_s = _SHARE_OF_BUDGET * (self._tightest_s - self._offer.careful_reserve_s)
         return max(share_s, self._offer.profile.latency_s(self._slowest, 1))
 
     def _first_answers(self, now_s: float, spare_s: float, batches: dict[Segment, list[_Due]]) -> tuple[list[Row], Segment]:
@@ -407,7 +407,7 @@ class LadderEdf:
             return None
         segment = Segment(offer.reference, embed=True)
         took_s = offer.profile.latency_s(segment, len(rows))
-        slack_s = min(row.deadline_s for row in rows) - offer.reserve_s - now_s
+        slack_s = min(row.deadline_s for row in rows) - offer.careful_reserve_s - now_s
         if took_s > min(slack_s, spare_s, self._quantum_s()):
             return None
         for row in rows:
@@ -422,7 +422,7 @@ class LadderEdf:
         if any(row.wish.path is not None or row.wish.exit_at is not None or row.at for row in rows):
             return None
         count, latency_s = len(rows), offer.profile.latency_s
-        limit_s = min(limit_s, min(row.deadline_s for row in rows) - offer.reserve_s - now_s)
+        limit_s = min(limit_s, min(row.deadline_s for row in rows) - offer.careful_reserve_s - now_s)
         wrong = 1 - offer.accuracies[first]
         unsure = math.ceil(count * min(1.0, wrong / COIN))
         first_s = latency_s(Segment(first, embed=True), count)
@@ -450,7 +450,7 @@ class LadderEdf:
             block = Segment(segment.nodes[:1], segment.embed)
             most = next((size for size in self._sizes if profile.latency_s(block, size) <= limit_s), 0)
             places: list[int] = []
-            gain, earliest_s, start_s = 0.0, math.inf, now_s + self._offer.reserve_s
+            gain, earliest_s, start_s = 0.0, math.inf, now_s + self._offer.careful_reserve_s
             took_s = profile.latency_s(segment, 1)
             for place, row in enumerate(queue):
                 if len(places) >= most:

@@ -51,9 +51,14 @@ class Offer:
 
     @property
     def reserve_s(self) -> float:
-        """Time kept back from every budget: what passes as of late outside of a policy's view, if that is more than the
-        least."""
-        return max(self.least_reserve_s, self.profile.outside_s)
+        """Time kept back from every budget: what sending answers takes as of late, if that is more than the least."""
+        return max(self.least_reserve_s, self.profile.send_s)
+
+    @property
+    def careful_reserve_s(self) -> float:
+        """The same, and what requests wait for as of late before anybody sees them. For what is not a must: a request
+        that is nearly too late is answered all the same."""
+        return self.reserve_s + self.profile.lag_s
 
     @property
     def reference(self) -> Path:

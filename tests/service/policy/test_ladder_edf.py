@@ -84,6 +84,21 @@ def test_first_answers_are_deeper_where_one_run_takes_less_than_two(
     assert all(row.in_time for row in device.rows)
 
 
+def test_an_event_loop_that_is_far_behind_makes_nobody_too_late_for_a_first_answer() -> None:
+    """Rows once waited behind all others, and expired, because requests had lately waited longer than their budget before
+    anybody saw them; with nothing run, nothing was learned, and so it stayed."""
+    offer = make_offer(LADDER)
+    for _ in range(50):
+        offer.profile.observe(FIRST, 1, FIRST_S, 0.0)
+    for _ in range(2):  # what runs are expected to wait is a lower quantile than that
+        offer.profile.observe(FIRST, 1, FIRST_S, 1.0)
+    assert offer.profile.lag_s == 1.0
+    assert offer.profile.latency_s(FIRST, 1) == FIRST_S
+    device = play("ladder-edf", steady(CAPACITY / 2, 0.02, 40, (0.5,)), offer)
+    assert all(row.in_time for row in device.rows)
+    assert {row.answered for row in device.rows} == {(4,)}  # and nothing else
+
+
 def test_who_has_a_wish_of_confidence_is_answered_rung_by_rung_whatever_runs_cost() -> None:
     offer = make_offer(SURE)
     offer.profile.observe(FIRST, 1, FIRST_S, 0.01)
