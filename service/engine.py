@@ -48,7 +48,7 @@ _MOST_GUESSES = 8
 
 _ON_LOOP_S = 0.0005
 """A run that takes no longer, for the only request there is, runs on the event loop: the way to the inference thread and
-back takes about as long, and so does reading a request."""
+back takes about as long, and so does reading a request. (Should it hang, so does the loop, and probes get no answer.)"""
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +89,20 @@ def test_who_does_not_trust_the_certificate_gets_no_answer(guarded: Guarded) -> 
         httpx.get(f"{guarded.live.url}/health/live".replace("https", "http"))
 
 
+def log_with(live: LiveServer, text: str) -> str:
+    """The log, once it has this: a request's line is written when its answer has been sent."""
+    deadline_s = time.monotonic() + 20
+    while text not in (log := live.log.read_text()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    return log
+
+
 def test_both_logs_are_json_and_know_no_secret(guarded: Guarded) -> None:
     with guarded.client("many") as client:
         body = {"inputs": [IMAGE], "depth": 2}
         client.post(f"{PREDICT}?secret=yes", json=body, headers={"x-request-id": "this-one"})
-    text = guarded.live.log.read_text()
+    text = log_with(guarded.live, "this-one")
     lines = [json.loads(line) for line in text.splitlines()]
     (line,) = (line for line in lines if line.get("request_id") == "this-one")
     assert line.pop("time").endswith("+00:00")
@@ -258,7 +268,7 @@ def test_what_is_refused_before_it_is_whole_is_counted_and_logged(
     before = count()
     own = talk(bounded, sent).headers["x-request-id"]
     assert count() == before + 1
-    (line,) = (json.loads(line) for line in bounded.log.read_text().splitlines() if own in line)
+    (line,) = (json.loads(line) for line in log_with(bounded, own).splitlines() if own in line)
     assert (line["status"], line["route"], line["method"], line["bytes_in"]) == (status, None, None, len(sent))
     assert 0 <= line["duration_ms"] < 60_000
 

@@ -98,7 +98,8 @@ class HeldServer:
     """The app around a fake runner, served by uvicorn in a thread."""
 
     def __init__(self) -> None:
-        self.runner = FakeRunner()
+        # Long enough for the inference thread: the event loop must not be what is held.
+        self.runner = FakeRunner(before=lambda _: time.sleep(0.001))
         app = create_app(Settings(grpc_port=0), Repository([fake_model(runner=self.runner)]))
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         self._thread = threading.Thread(target=self._server.run)
