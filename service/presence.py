@@ -13,8 +13,7 @@ from service.errors import ClientGone
 T = TypeVar("T")
 
 _UNWATCHED_S = 0.001
-"""For so long nobody watches whether a client goes: most answers of an idle server are there by then, and a task to watch
-would take a tenth of their processor time."""
+"""For so long nobody watches whether a client goes: quick answers are there by then, and need no task beside them."""
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
