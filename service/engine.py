@@ -141,6 +141,7 @@ class Engine:
         if self._tasks:
             running, watching = self._tasks
             watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
             await running
         self._deliver(self._dispatch.settle())
         self._fail_all(NotReady("the server is shutting down"))
@@ -283,6 +284,7 @@ class Engine:
         """Run a batch, and deliver meanwhile what was decided with it."""
         if self._is_short(run):
             self._deliver(turn)
+            await asyncio.sleep(0)  # between two such runs the loop reads who came
             return self._dispatch.infer(run)
         assert self._worker is not None
         infer = partial(self._dispatch.infer, run)

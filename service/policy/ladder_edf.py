@@ -26,11 +26,11 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import NamedTuple
 
-from family.tree import Path
 from service.policy.joining import join
-from service.policy.price import COIN, Price
+from service.policy.price import Price
 from service.policy.queues import Key, SortedQueue
 from service.policy.state import Batch, Decision, Offer, Row, Step, segment_between
+from service.policy.straight import straight
 from service.policy.wish import StoppedBy, Wish
 from service.profile import Segment
 
@@ -372,12 +372,14 @@ class LadderEdf:
         places = self._first_places(segment, queue, now_s, others)
         alone = self._waiting == len(places)
         rows = queue.take_places(places)
-        if alone and (direct := self._direct(rows, now_s, spare_s)) is not None:
-            return rows, direct
         left_s = self._spare_s(now_s, (*others, *self._batches_of(segment, queue, 0)))
-        if (straight := self._straight(rows, now_s, min(spare_s, left_s, self._quantum_s()))) is not None:
-            return rows, straight
-        return self._join(rows, segment, now_s, min(spare_s, self._quantum_s()), left_s)
+        limit_s = min(spare_s, self._quantum_s())
+        path = straight(self._offer, self._price.per_second, rows, now_s, min(limit_s, left_s), alone=alone)
+        if path is not None:
+            for row in rows:
+                row.target = path
+            return rows, Segment(path, embed=True)
+        return self._join(rows, segment, now_s, limit_s, left_s)
 
     def _first_places(self, segment: Segment, queue: SortedQueue[Row], now_s: float, others: Sequence[_Due]) -> list[int]:
         """Which rows of the queue the batch has, beside those batches."""
@@ -399,45 +401,6 @@ class LadderEdf:
             if count > 0 and count / (took_s := latency_s(segment, count)) > best:
                 best, places = count / took_s, [*range(patient), *range(first, first + in_time)]
         return places
-
-    def _direct(self, rows: Sequence[Row], now_s: float, spare_s: float) -> Segment | None:
-        """The whole reference path, if rows that would climb have the time for it and nobody needs the device."""
-        offer = self._offer
-        if any(row.wish.path is not None or row.wish.exit_at is not None or row.at for row in rows):
-            return None
-        segment = Segment(offer.reference, embed=True)
-        took_s = offer.profile.latency_s(segment, len(rows))
-        slack_s = min(row.deadline_s for row in rows) - offer.careful_reserve_s - now_s
-        if took_s > min(slack_s, spare_s, self._quantum_s()):
-            return None
-        for row in rows:
-            row.target = offer.reference
-        return segment
-
-    def _straight(self, rows: Sequence[Row], now_s: float, limit_s: float) -> Segment | None:
-        """The deepest path that is worth its time to rows that would climb, and that one run of all of them reaches
-        sooner than one for their first answers and another for those that are unsure then: of few rows, a run costs more
-        than their blocks."""
-        offer, first = self._offer, self._offer.climb[0]
-        if any(row.wish.path is not None or row.wish.exit_at is not None or row.at for row in rows):
-            return None
-        count, latency_s = len(rows), offer.profile.latency_s
-        limit_s = min(limit_s, min(row.deadline_s for row in rows) - offer.careful_reserve_s - now_s)
-        wrong = 1 - offer.accuracies[first]
-        unsure = math.ceil(count * min(1.0, wrong / COIN))
-        first_s = latency_s(Segment(first, embed=True), count)
-        best: Path | None = None
-        for path in offer.climb[1:]:
-            took_s = latency_s(Segment(path, embed=True), count)
-            in_two_s = first_s + latency_s(segment_between(first, path), unsure)
-            gain = count * (offer.accuracies[path] - offer.accuracies[first])
-            if took_s <= min(limit_s, in_two_s) and gain > self._price.per_second * (took_s - first_s):
-                best = path
-        if best is None:
-            return None
-        for row in rows:
-            row.target = best
-        return Segment(best, embed=True)
 
     def _best_deeper(self, now_s: float, spare_s: float) -> _Deeper | None:
         """The batch that gains most per second among rows that have an answer and the time for a better one."""

@@ -558,6 +558,25 @@ def test_a_short_run_for_the_only_request_is_done_by_the_event_loop_itself() -> 
     run(test)
 
 
+def test_between_two_runs_of_its_own_the_event_loop_does_what_else_there_is() -> None:
+    """A request of many rows would keep it from all others."""
+
+    async def test() -> None:
+        async with bench(max_batch=1) as b:
+            b.model.profile = LatencyProfile(fake_parts(batches=(1,), block_s=0.0001))
+            b.engine.add(b.model)
+            turns, seen = 0, []
+            b.runner.before = lambda _: seen.append((threading.current_thread().name, turns))
+            asking = b.ask(0.1, 0.2, 0.3, 0.4, path=(4, 6))
+            while not asking.done():
+                turns += 1
+                await asyncio.sleep(0)
+            assert [name for name, _ in seen] == ["MainThread"] * 4
+            assert len({turn for _, turn in seen}) == 4
+
+    run(test)
+
+
 # Replacement
 
 
