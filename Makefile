@@ -48,8 +48,8 @@ verify: $(READY) ## check BUNDLE against RUN
 serve: $(READY) ## serve MODELS on PORT
 	$(BIN)/hbll serve $(MODELS) --port $(PORT) $(ARGS)
 
-test: $(READY) ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run all tests, in as many processes as cores, four at most
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 kserve: $(READY) $(KSERVE)/.ready ## let KServe's own clients, in an environment of theirs, ask a server of MODELS
 	$(KSERVE)/bin/python tests/e2e/kserve_client.py $(BIN)/python $(MODELS)

@@ -135,29 +135,35 @@ def test_one_model_may_differ_from_the_others(trained: Trained) -> None:
         assert client.get("/v1/models/digits/plan").json()["policy"] == "static(2-4)"
 
 
-def test_audits_are_told_and_can_be_reset(client: Client, trained: Trained) -> None:
+@pytest.fixture(scope="module")
+def unaudited(trained: Trained) -> Iterator[Client]:
+    """A server that audits nothing by itself."""
+    yield from serving(trained, audit_rate=0)
+
+
+def test_audits_are_told_and_can_be_reset(unaudited: Client, trained: Trained) -> None:
     assert trained.manifest.certificate is not None
-    told = client.get("/v1/models/digits/audits").json()
+    told = unaudited.get("/v1/models/digits/audits").json()
     assert [level["epsilon"] for level in told["levels"]] == [x.epsilon for x in trained.manifest.certificate.levels]
-    drift = client.app.state.context.engine.drift(client.app.state.context.repository.get("digits"))
+    drift = unaudited.app.state.context.engine.drift(unaudited.app.state.context.repository.get("digits"))
     level = told["levels"][-1]["epsilon"]
     for _ in range(50):
         drift.observe(level, differs=True)
-    told = client.get("/v1/models/digits/audits").json()["levels"][-1]
+    told = unaudited.get("/v1/models/digits/audits").json()["levels"][-1]
     assert (told["audits"], told["disagreements"], told["alarm"]) == (50, 50, True)
     assert told["evidence"] >= 100
-    assert client.get("/health/ready").json() == {"ready": True, "drift_alarms": {"digits": [level]}}
-    assert client.get("/health/ready").status_code == 200
-    assert f'hbll_drift_alarm{{epsilon="{level:g}",model="digits",version="1"}} 1.0' in client.get("/metrics").text
-    (row,) = client.predict({"inputs": [IMAGE], "max_risk": level}).json()["predictions"]
+    assert unaudited.get("/health/ready").json() == {"ready": True, "drift_alarms": {"digits": [level]}}
+    assert unaudited.get("/health/ready").status_code == 200
+    assert f'hbll_drift_alarm{{epsilon="{level:g}",model="digits",version="1"}} 1.0' in unaudited.get("/metrics").text
+    (row,) = unaudited.predict({"inputs": [IMAGE], "max_risk": level}).json()["predictions"]
     assert (row["path"], row["stopped_by"], row["certified"]) == (format_path(trained.manifest.reference), "complete", True)
-    reset = client.request("POST", "/v1/models/digits/audits/reset").json()
+    reset = unaudited.request("POST", "/v1/models/digits/audits/reset").json()
     assert [(each["audits"], each["alarm"]) for each in reset["levels"]] == [(0, False)] * len(reset["levels"])
-    assert client.get("/health/ready").json()["drift_alarms"] == {}
+    assert unaudited.get("/health/ready").json()["drift_alarms"] == {}
     form = {"content-type": "application/x-www-form-urlencoded"}
-    assert client.request("POST", "/v1/models/digits/audits/reset", content=b"", headers=form).status_code == 415
+    assert unaudited.request("POST", "/v1/models/digits/audits/reset", content=b"", headers=form).status_code == 415
     for method, url in (("GET", "/v1/models/cats/audits"), ("POST", "/v1/models/cats/audits/reset")):
-        assert client.request(method, url).json()["code"] == "unknown_model"
+        assert unaudited.request(method, url).json()["code"] == "unknown_model"
 
 
 def test_collections_of_garbage_are_timed(client: Client) -> None:
