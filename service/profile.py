@@ -91,6 +91,11 @@ class LatencyProfile:
         table = self._typical.get(segment) or self._table(segment)  # asked for very often
         return table[rows] * self._ratios[rows.bit_length()].quantile + self._waits.quantile
 
+    def most_rows(self, segment: Segment, limit_s: float) -> int:
+        """The largest of the timed batches that takes no longer than `limit_s`; 0 if none does."""
+        sizes = reversed(self.parts.batches)
+        return next((rows for rows in sizes if self.latency_s(segment, rows) <= limit_s), 0)
+
     def observe(self, segment: Segment, rows: int, took_s: float, waited_s: float | None = None) -> None:
         """Learn that a run took the inference thread so long and, if that is known, what it waited beside."""
         expected_s = self.typical_s(segment, rows)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 from family.tree import Path
-from service.policy.queues import SortedQueue
 from service.policy.state import Batch, Decision, Offer, Row, Step
+from service.policy.waiting import Waiting, take_out
 from service.policy.wish import StoppedBy, Wish
 from service.profile import Segment
 
@@ -26,7 +26,7 @@ class WholePaths(ABC):
 
     def __init__(self, offer: Offer) -> None:
         self._offer = offer
-        self._queue: SortedQueue[Row] = SortedQueue()
+        self._queue = Waiting()
         self._done: list[tuple[Row, StoppedBy]] = []
         paths = [Segment(path, embed=True) for path in offer.accuracies]
         self._slowest = max(paths, key=lambda path: offer.profile.typical_s(path, 1))
@@ -42,17 +42,13 @@ class WholePaths(ABC):
     def arrive(self, row: Row, now_s: float) -> None:  # noqa: ARG002
         """See `Policy`."""
         row.target = row.wish.path or self._offer.climb[0]
-        self._place(row)
+        self._queue.add(row.urgency, row)
 
     def leave(self, row: Row) -> None:
         """See `Policy`."""
         row.gone = True
         if row.place is not None:
-            self._leaves(row)
-
-    def _leaves(self, row: Row) -> None:
-        self._queue.remove(row.urgency)
-        row.place = None
+            take_out(row)
 
     def _overdue(self, until_s: float) -> list[Row]:
         """The rows at the head of the queue that are due by then."""
@@ -102,10 +98,7 @@ class WholePaths(ABC):
                 places.append(place)
                 if len(places) == most:
                     break
-        rows = self._queue.take_places(places)
-        for row in rows:
-            row.place = None
-        return rows, segment
+        return self._queue.take_places(places), segment
 
     def _gives_up(self, row: Row, ready_s: float, decision: Decision) -> bool:
         """Whether a row that would be ready by then is told the answer that it has, or refused, because that is late."""
@@ -131,10 +124,10 @@ class WholePaths(ABC):
         latency_s = self._offer.profile.latency_s
         for row in self._overdue(until_s + self._offer.reserve_s + latency_s(self._slowest, 1)):
             if row.answered is None and row.deadline_s <= now_s:
-                self._leaves(row)
+                take_out(row)
                 decision.expired.append(row)
             elif self._gives_up(row, until_s + latency_s(row.rest, 1), decision):
-                self._leaves(row)
+                take_out(row)
 
     def foresee(self, wish: Wish, rows: int, now_s: float) -> tuple[Step, ...]:
         """See `Policy`: as if all that waits ran before it, on the path that it would get."""
@@ -165,11 +158,7 @@ class WholePaths(ABC):
                 if now_s + offer.profile.latency_s(row.rest, 1) + offer.reserve_s > row.deadline_s:
                     self._done.append((row, "budget"))
                 else:
-                    self._place(row)
-
-    def _place(self, row: Row) -> None:
-        self._queue.add(row.urgency, row)
-        row.place = self._queue, row.urgency
+                    self._queue.add(row.urgency, row)
 
     def _latency_s(self, path: Path, rows: int) -> float:
         return self._offer.profile.latency_s(Segment(path, embed=True), rows)
@@ -295,7 +284,7 @@ class Clockwork(WholePaths):
         least_s = now_s + self._offer.reserve_s + self._latency_s(self._offer.reference, 1)
         while self._queue and _is_free(self._queue[0]) and self._queue[0].deadline_s < least_s:
             row = self._queue[0]
-            self._leaves(row)
+            take_out(row)
             decision.refused.append(row)
         return decision
 

@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterable
 from itertools import islice
 
-from service.policy.queues import SortedQueue
 from service.policy.state import Row
+from service.policy.waiting import Waiting
 from service.profile import LatencyProfile, Segment
 
 
 def join(
     rows: list[Row],
     segment: Segment,
-    queues: Iterable[tuple[Segment, SortedQueue[Row]]],
+    queues: Iterable[tuple[Segment, Waiting]],
     profile: LatencyProfile,
     start_s: float,
     limit_s: float,

@@ -1,0 +1,114 @@
+"""Rows with an answer that may go deeper: which batch of them gains most, and when it is too late for one."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from typing import NamedTuple
+
+from service.policy.price import Price
+from service.policy.state import Decision, Offer, Row
+from service.policy.waiting import Queues, Waiting, length, take_out
+from service.profile import Segment
+
+_MOST_BATCHES = 8  # of rows that wait for a better answer
+
+
+class BestBatch(NamedTuple):
+    """The rows at these places of a queue: their expected gain per second, and how long a run may be."""
+
+    rate: float
+    segment: Segment
+    queue: Waiting
+    places: list[int]
+    limit_s: float
+
+
+class DeeperWork:
+    """Rows by what they would run next, highest gain first."""
+
+    def __init__(self, offer: Offer, price: Price) -> None:
+        self._offer = offer
+        self._price = price
+        self.queues: Queues = {}
+        self._until: list[tuple[float, int, int, Row]] = []  # heap: from when too late, order, turn, row
+
+    def __len__(self) -> int:
+        return length(self.queues)
+
+    def add(self, row: Row, until_s: float) -> None:
+        """A row that has an answer waits for a better one, for which it is too late after `until_s`."""
+        assert row.answered is not None
+        gain = self._offer.gain(row.answered, row.target, row.confidence)
+        self.queues.setdefault(row.rest, Waiting()).add((-gain, row.order), row)
+        heapq.heappush(self._until, (math.nextafter(until_s, math.inf), row.order, row.turn, row))
+        if len(self._until) > 2 * len(self) + 64:  # else rows of far deadlines would be kept long after they left
+            self._until = [entry for entry in self._until if not _outdated(entry)]
+            heapq.heapify(self._until)
+
+    def wake_s(self) -> float:
+        """From when on it is too late for some row; infinity for never."""
+        while self._until and _outdated(self._until[0]):
+            heapq.heappop(self._until)
+        return self._until[0][0] if self._until else math.inf
+
+    def take_late(self, until_s: float) -> list[Row]:
+        """Take those out for which it is too late at `until_s`."""
+        late = []
+        while self.wake_s() <= until_s and self._until:
+            row = heapq.heappop(self._until)[-1]
+            take_out(row)
+            late.append(row)
+        return late
+
+    def answer(self, row: Row, decision: Decision) -> None:
+        """The latest answer of a row is final, for lack of time."""
+        assert row.answered is not None
+        if row.wish.exit_at is None:
+            self._price.given_up(row.answered, row.target, row.confidence)
+        decision.done.append((row, "load"))
+
+    def let_go(self, decision: Decision) -> None:
+        """Answer those who would gain least, where so many wait for a better answer that most wait in vain: they would
+        fill the queue, and others be refused any."""
+        excess = len(self) - _MOST_BATCHES * self._offer.profile.max_batch
+        if excess <= 0:
+            return
+        waiting = [(queue.key(place), row) for queue in self.queues.values() for place, row in enumerate(queue)]
+        free = [(key, row) for key, row in waiting if row.wish.exit_at is None]
+        for _, row in heapq.nlargest(excess, free, key=lambda each: each[0]):
+            take_out(row)
+            self.answer(row, decision)
+
+    def best(self, now_s: float, limit_s: float) -> BestBatch | None:
+        """The batch that gains most per second among rows that have the time for a better answer, in runs of at most
+        `limit_s`."""
+        profile = self._offer.profile
+        start_s = now_s + self._offer.careful_reserve_s
+        best: BestBatch | None = None
+        for segment, queue in self.queues.items():
+            if not queue:
+                continue
+            most = profile.most_rows(Segment(segment.nodes[:1], segment.embed), limit_s)
+            places: list[int] = []
+            gain, earliest_s, took_s = 0.0, math.inf, profile.latency_s(segment, 1)
+            for place, row in enumerate(queue):
+                if len(places) >= most:
+                    break
+                deadline_s = row.deadline_s
+                if deadline_s < start_s + took_s:
+                    continue
+                earliest_s = min(earliest_s, deadline_s)
+                if earliest_s < start_s + took_s:  # one more would make another late
+                    break
+                places.append(place)
+                gain -= queue.key(place)[0]
+                if best is None or gain / took_s > best.rate:
+                    best = BestBatch(gain / took_s, segment, queue, places.copy(), limit_s)
+                took_s = profile.latency_s(segment, len(places) + 1)
+        return best
+
+
+def _outdated(entry: tuple[float, int, int, Row]) -> bool:
+    _, _, turn, row = entry
+    return row.place is None or row.turn != turn

@@ -1,0 +1,151 @@
+"""Rows without any answer: what they need of the device, the next batch of them, and those for which it is too late."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
+
+from service.policy.queues import Key
+from service.policy.state import Decision, Offer, Row, segment_between
+from service.policy.waiting import Queues, Waiting, length, take_out
+from service.profile import Segment
+
+_CHEAP = 1.25  # how much more of the device's time a row of a cheap batch takes than one of the largest
+
+Due = tuple[float, float]
+"""When a batch is due, and how long it takes."""
+
+
+class FirstAnswers:
+    """Rows that wait for their first answer, by urgency; beside these the ones that are too `late` for it, which wait
+    behind all others. (A row with an answer may be here as well: it waited long enough.)"""
+
+    def __init__(self, offer: Offer) -> None:
+        self._offer = offer
+        self.queues: Queues = {}
+        self.late = Waiting()
+
+    def __len__(self) -> int:
+        return length(self.queues)
+
+    def add(self, row: Row) -> None:
+        """A row waits for what leads to its target."""
+        self._add(row, row.urgency)
+
+    def ahead_s(self, row: Row, rows: int) -> float:
+        """How long all takes that goes before so many rows like `row`, and these."""
+        latency_s, own, work_s = self._offer.profile.latency_s, row.rest, 0.0
+        for segment, queue in self.queues.items():
+            count = queue.below(row.urgency) + (rows if segment == own else 0)
+            work_s += latency_s(segment, count) if count else 0.0
+        if own not in self.queues:
+            work_s += latency_s(own, rows)
+        return work_s
+
+    def batches(self) -> dict[Segment, list[Due]]:
+        """The full batches that all make, queue by queue."""
+        return {segment: self._batches_of(segment, queue, 0) for segment, queue in self.queues.items() if queue}
+
+    def spare_s(self, now_s: float, batches: Iterable[Due] | None = None) -> float:
+        """How long a run may take that leaves these batches in time, earliest deadline first; all if none are given."""
+        if batches is None:
+            batches = chain.from_iterable(self.batches().values())
+        spare_s, ready_s = math.inf, now_s + self._offer.careful_reserve_s
+        for due_s, took_s in sorted(batches):
+            ready_s += took_s
+            spare_s = min(spare_s, due_s - ready_s)
+        return spare_s
+
+    def cheap_rows(self) -> int:
+        """From how many rows on their batch is cheap."""
+        profile, shallowest = self._offer.profile, Segment(self._offer.climb[0], embed=True)
+        most_s = _CHEAP * profile.latency_s(shallowest, profile.max_batch) / profile.max_batch
+        cheap = (size for size in profile.parts.batches if profile.latency_s(shallowest, size) <= size * most_s)
+        return next(cheap, profile.max_batch)
+
+    def rate(self) -> float:
+        """What running the next ones now is worth per second. The answers themselves are safe, so it is what they open the
+        way to: the expected gain of the step after them."""
+        offer = self._offer
+        if len(offer.climb) < 2:
+            return 0.0
+        one, two = offer.climb[:2]
+        rows = min(len(self), offer.profile.max_batch)
+        step = segment_between(one, two)
+        took_s = offer.profile.latency_s(Segment(one, embed=True), rows) + offer.profile.latency_s(step, rows)
+        return rows * (offer.accuracies[two] - offer.accuracies[one]) / took_s
+
+    def set_aside(self, now_s: float, decision: Decision) -> None:
+        """Rows that are too late make room for those that are not."""
+        while self.late and self.late[0].deadline_s <= now_s:
+            decision.expired.extend(self.late.take_places([0]))
+        start_s = now_s + self._offer.reserve_s
+        for segment, queue in self.queues.items():
+            for row in queue.before((start_s + self._offer.profile.latency_s(segment, 1),)):
+                assert row.place is not None
+                _, key = row.place
+                if key[0] != row.deadline_s:  # it has none, or was too late before
+                    continue
+                take_out(row)
+                if not row.at and row.deadline_s <= now_s:
+                    decision.expired.append(row)
+                elif row.wish.strict:
+                    decision.refused.append(row)
+                elif row.at:  # it has begun, so it is not given up; from now on as urgent as one without a budget
+                    self._add(row, (row.patient_until_s, 0, row.order))
+                else:
+                    self.late.add(row.urgency, row)
+
+    def take(self, now_s: float, batches: dict[Segment, list[Due]]) -> tuple[list[Row], Segment, float]:
+        """The most urgent queue's next batch, and how long it may take so that all others of `batches` are in time."""
+        segment = min(batches, key=lambda each: self.queues[each].key(0))
+        queue = self.queues[segment]
+        others = [batch for other, of_other in batches.items() if other != segment for batch in of_other]
+        rows = queue.take_places(self._places(segment, queue, now_s, others))
+        return rows, segment, self.spare_s(now_s, (*others, *self._batches_of(segment, queue, 0)))
+
+    def take_late(self, limit_s: float) -> tuple[list[Row], Segment] | None:
+        """Some of those that are too late, in a run of at most `limit_s` or of one."""
+        if not self.late:
+            return None
+        target, segment = self.late[0].target, self.late[0].rest  # none has begun
+        most = self._offer.profile.most_rows(segment, limit_s) or 1
+        places = islice((place for place, row in enumerate(self.late) if row.target == target), most)
+        return self.late.take_places(places), segment
+
+    def _add(self, row: Row, key: Key) -> None:
+        self.queues.setdefault(row.rest, Waiting()).add(key, row)
+
+    def _batches_of(self, segment: Segment, queue: Waiting, start: int) -> list[Due]:
+        """The full batches of one queue from this place on. What the first row of a batch needs, all get."""
+        profile = self._offer.profile
+        whole, rest = divmod(len(queue) - start, profile.max_batch)
+        batches: list[Due] = []
+        if whole > 0:
+            took_s = profile.latency_s(segment, profile.max_batch)
+            batches = [(due_s, took_s) for due_s, *_ in queue.keys(start, profile.max_batch)[:whole]]
+        if rest > 0:
+            batches.append((queue.key(len(queue) - rest)[0], profile.latency_s(segment, rest)))
+        return batches
+
+    def _places(self, segment: Segment, queue: Waiting, now_s: float, others: Sequence[Due]) -> list[int]:
+        """Which rows of the queue the next batch has, beside those batches."""
+        latency_s, start_s = self._offer.profile.latency_s, now_s + self._offer.reserve_s
+        # Those that are due and still here have no deadline to keep (`set_aside`). They waited long enough.
+        due = queue.below((start_s + latency_s(segment, 1),))
+        best, places = 0.0, [0]
+        for size in reversed(self._offer.profile.parts.batches):
+            rows = min(size, len(queue))
+            took_s = latency_s(segment, rows)
+            patient = min(due, rows)
+            first = max(patient, queue.below((start_s + took_s,)))
+            if first == patient or patient == rows:
+                left = self._batches_of(segment, queue, rows)
+                if self.spare_s(now_s, (*others, *left)) >= took_s:
+                    return list(range(rows))
+            in_time = min(rows - patient, len(queue) - first)
+            count = patient + in_time
+            if count > 0 and count / (took_s := latency_s(segment, count)) > best:
+                best, places = count / took_s, [*range(patient), *range(first, first + in_time)]
+        return places
