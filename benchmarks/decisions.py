@@ -1,9 +1,10 @@
 """How long a policy takes to decide, with a thousand rows waiting.
 
-    python -m benchmarks.decisions [bundle] [--waiting 1000]
+    python -m benchmarks.decisions [bundle] [--waiting 1000] [--profile docs/bench/machine.json]
 
 The policy is driven as the engine drives it, in simulated time: as many rows as leave arrive, with budgets of up to two
-seconds. Wants a quiet machine: whoever else runs is counted.
+seconds. The same decisions are taken several times, and the shortest time of each counts: what others on the machine add is
+not the policy's.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ MIXES: dict[str, Make] = {
 @click.option("--policy", default=DEFAULT_POLICY, show_default=True)
 @click.option("--waiting", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--decisions", type=click.IntRange(min=100), default=5000, show_default=True, help="Of each mix of wishes.")
-def main(bundle: FilePath, policy: str, waiting: int, decisions: int) -> None:
+@click.option("--replays", type=click.IntRange(min=1), default=3, show_default=True, help="How often each is taken.")
+@click.option("--profile", type=click.Path(path_type=FilePath, dir_okay=False), help="As of `hbll simulate`.")
+def main(bundle: FilePath, policy: str, waiting: int, decisions: int, replays: int, profile: FilePath | None) -> None:
     """Time the decisions about rows of BUNDLE."""
-    world = open_world(bundle, Hardware())
+    world = open_world(bundle, Hardware(), profile)
     table = Table(title=f"{policy}, {waiting:,} rows waiting: microseconds")
     for column in ("wishes", "decide p50", "p99", "finished p50", "p99", "rows of a batch"):
         table.add_column(column, justify="left" if column == "wishes" else "right")
     for name, make in (*MIXES.items(), ("all of these", _any_of_these)):
-        took, sizes = measure(*world.fresh(policy), world.outcomes, make, waiting, decisions)
+        played = [measure(*world.fresh(policy), world.outcomes, make, waiting, decisions) for _ in range(replays)]
+        took, (_, sizes) = np.min([times for times, _ in played], axis=0), played[0]
         cells = [f"{value:.0f}" for column in took.T for value in np.percentile(1e6 * column, (50, 99))]
         table.add_row(name, *cells, f"{sizes.mean():.1f}")
     Console().print(table)

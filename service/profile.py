@@ -69,6 +69,7 @@ class LatencyProfile:
         self._typical: dict[Segment, list[float]] = {}
         self._ratios = [_Window(QUANTILE) for _ in range(self.max_batch.bit_length() + 1)]
         self._waits = _Window(QUANTILE, quantile=0.0)
+        self._lags = _Window(KEPT_BACK_QUANTILE, quantile=0.0)  # the same values
         self._sends = _Window(KEPT_BACK_QUANTILE, size=200, quantile=0.0)
 
     def typical_s(self, segment: Segment, rows: int) -> float:
@@ -103,11 +104,12 @@ class LatencyProfile:
             self._window(rows).add(took_s / expected_s)
         if waited_s is not None:
             self._waits.add(waited_s)
+            self._lags.add(waited_s)
 
     @property
     def lag_s(self) -> float:
         """How long a request waits, as of late, until the event loop reads it: the 0.99 quantile of what runs wait for."""
-        return self._waits.at(KEPT_BACK_QUANTILE)
+        return self._lags.quantile
 
     @property
     def send_s(self) -> float:
@@ -121,7 +123,7 @@ class LatencyProfile:
 
     def relax(self) -> None:
         """Expect a little less: for when nothing is run because too much is expected, and so nothing is learned."""
-        for window in (*self._ratios, self._waits, self._sends):
+        for window in (*self._ratios, self._waits, self._lags, self._sends):
             window.relax()
 
     def ratio(self, rows: int) -> float:
@@ -169,12 +171,10 @@ class _Window:
             self._latest.remove(self._sorted.pop())
             self._set_quantile()
 
-    def at(self, share: float) -> float:
-        """Another quantile. Of few values not the largest."""
-        return self._sorted[int(share * (len(self._sorted) - 1))] if self._sorted else self._initial
-
     def _set_quantile(self) -> None:
-        self.quantile = self.at(self._share)
+        """Of few values not the largest."""
+        latest = self._sorted
+        self.quantile = latest[int(self._share * (len(latest) - 1))] if latest else self._initial
 
 
 Run = Callable[[Segment, int, bool], object]

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from typing import NamedTuple
 
 from service.policy.price import Price
+from service.policy.queues import SortedQueue
 from service.policy.state import Decision, Offer, Row
-from service.policy.waiting import Queues, Waiting, length, take_out
+from service.policy.waiting import Group, Waiting, note, take_out
 from service.profile import Segment
 
 _MOST_BATCHES = 8  # of rows that wait for a better answer
 
 
 class BestBatch(NamedTuple):
-    """The rows at these places of a queue: their expected gain per second, and how long a run may be."""
+    """Rows at the first `most` of these places of a queue: their expected gain per second, and how long a run may be."""
 
     rate: float
     segment: Segment
     queue: Waiting
     places: list[int]
+    most: int
     limit_s: float
+
+    def take(self) -> list[Row]:
+        """Take them out."""
+        return self.queue.take_places(self.places[: self.most])
 
 
 class DeeperWork:
@@ -30,35 +35,30 @@ class DeeperWork:
     def __init__(self, offer: Offer, price: Price) -> None:
         self._offer = offer
         self._price = price
-        self.queues: Queues = {}
-        self._until: list[tuple[float, int, int, Row]] = []  # heap: from when too late, order, turn, row
-
-    def __len__(self) -> int:
-        return length(self.queues)
+        self._most_rows = _MOST_BATCHES * offer.profile.max_batch
+        self.waiting = Group()
+        self._until: SortedQueue[Row] = SortedQueue()  # by when it is too late for them
+        self._gains: SortedQueue[Row] = SortedQueue()  # those without a wish, by what they would gain
 
     def add(self, row: Row, until_s: float) -> None:
         """A row that has an answer waits for a better one, for which it is too late after `until_s`."""
         assert row.answered is not None
         gain = self._offer.gain(row.answered, row.target, row.confidence)
-        self.queues.setdefault(row.rest, Waiting()).add((-gain, row.order), row)
-        heapq.heappush(self._until, (math.nextafter(until_s, math.inf), row.order, row.turn, row))
-        if len(self._until) > 2 * len(self) + 64:  # else rows of far deadlines would be kept long after they left
-            self._until = [entry for entry in self._until if not _outdated(entry)]
-            heapq.heapify(self._until)
+        self.waiting.add((-gain, row.order), row)
+        note(row, self._until, (math.nextafter(until_s, math.inf), row.order))
+        if row.wish.exit_at is None:
+            note(row, self._gains, (gain, -row.order))
 
     def wake_s(self) -> float:
         """From when on it is too late for some row; infinity for never."""
-        while self._until and _outdated(self._until[0]):
-            heapq.heappop(self._until)
-        return self._until[0][0] if self._until else math.inf
+        late_s: float = self._until.key(0)[0] if self._until else math.inf
+        return late_s
 
     def take_late(self, until_s: float) -> list[Row]:
         """Take those out for which it is too late at `until_s`."""
-        late = []
-        while self.wake_s() <= until_s and self._until:
-            row = heapq.heappop(self._until)[-1]
+        late = self._until.before((until_s, math.inf))
+        for row in late:
             take_out(row)
-            late.append(row)
         return late
 
     def answer(self, row: Row, decision: Decision) -> None:
@@ -71,12 +71,8 @@ class DeeperWork:
     def let_go(self, decision: Decision) -> None:
         """Answer those who would gain least, where so many wait for a better answer that most wait in vain: they would
         fill the queue, and others be refused any."""
-        excess = len(self) - _MOST_BATCHES * self._offer.profile.max_batch
-        if excess <= 0:
-            return
-        waiting = [(queue.key(place), row) for queue in self.queues.values() for place, row in enumerate(queue)]
-        free = [(key, row) for key, row in waiting if row.wish.exit_at is None]
-        for _, row in heapq.nlargest(excess, free, key=lambda each: each[0]):
+        while self.waiting.rows > self._most_rows and self._gains:
+            row = self._gains[0]
             take_out(row)
             self.answer(row, decision)
 
@@ -86,7 +82,7 @@ class DeeperWork:
         profile = self._offer.profile
         start_s = now_s + self._offer.careful_reserve_s
         best: BestBatch | None = None
-        for segment, queue in self.queues.items():
+        for segment, queue in self.waiting.queues.items():
             if not queue:
                 continue
             most = profile.most_rows(Segment(segment.nodes[:1], segment.embed), limit_s)
@@ -104,11 +100,7 @@ class DeeperWork:
                 places.append(place)
                 gain -= queue.key(place)[0]
                 if best is None or gain / took_s > best.rate:
-                    best = BestBatch(gain / took_s, segment, queue, places.copy(), limit_s)
+                    best = BestBatch(gain / took_s, segment, queue, places, len(places), limit_s)
                 took_s = profile.latency_s(segment, len(places) + 1)
         return best
 
-
-def _outdated(entry: tuple[float, int, int, Row]) -> bool:
-    _, _, turn, row = entry
-    return row.place is None or row.turn != turn

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
+from operator import sub
 
-from service.policy.queues import Key
+from service.policy.queues import SortedQueue
 from service.policy.state import Decision, Offer, Row, segment_between
-from service.policy.waiting import Queues, Waiting, length, take_out
+from service.policy.waiting import Group, Waiting, note, take_out
 from service.profile import Segment
 
 _CHEAP = 1.25  # how much more of the device's time a row of a cheap batch takes than one of the largest
@@ -23,38 +24,44 @@ class FirstAnswers:
 
     def __init__(self, offer: Offer) -> None:
         self._offer = offer
-        self.queues: Queues = {}
+        self.waiting = Group()
         self.late = Waiting()
-
-    def __len__(self) -> int:
-        return length(self.queues)
+        self._due: SortedQueue[Row] = SortedQueue()  # those that have a deadline, by that
+        self._slowest = max(
+            (Segment(path, embed=True) for path in offer.accuracies), key=lambda path: offer.profile.typical_s(path, 1)
+        )
 
     def add(self, row: Row) -> None:
         """A row waits for what leads to its target."""
-        self._add(row, row.urgency)
+        self.waiting.add(row.urgency, row)
+        if row.wish.deadline_s is not None:
+            note(row, self._due, (row.wish.deadline_s, row.order))
 
     def ahead_s(self, row: Row, rows: int) -> float:
         """How long all takes that goes before so many rows like `row`, and these."""
         latency_s, own, work_s = self._offer.profile.latency_s, row.rest, 0.0
-        for segment, queue in self.queues.items():
+        for segment, queue in self.waiting.queues.items():
             count = queue.below(row.urgency) + (rows if segment == own else 0)
             work_s += latency_s(segment, count) if count else 0.0
-        if own not in self.queues:
+        if own not in self.waiting.queues:
             work_s += latency_s(own, rows)
         return work_s
 
     def batches(self) -> dict[Segment, list[Due]]:
         """The full batches that all make, queue by queue."""
-        return {segment: self._batches_of(segment, queue, 0) for segment, queue in self.queues.items() if queue}
+        return {segment: self._batches_of(segment, queue, 0) for segment, queue in self.waiting.queues.items() if queue}
 
     def spare_s(self, now_s: float, batches: Iterable[Due] | None = None) -> float:
         """How long a run may take that leaves these batches in time, earliest deadline first; all if none are given."""
         if batches is None:
             batches = chain.from_iterable(self.batches().values())
-        spare_s, ready_s = math.inf, now_s + self._offer.careful_reserve_s
-        for due_s, took_s in sorted(batches):
-            ready_s += took_s
-            spare_s = min(spare_s, due_s - ready_s)
+        in_order = sorted(batches)
+        if not in_order:
+            return math.inf
+        due_s, took_s = zip(*in_order, strict=True)
+        ready_s = accumulate(took_s, initial=now_s + self._offer.careful_reserve_s)
+        next(ready_s)
+        spare_s: float = min(map(sub, due_s, ready_s))
         return spare_s
 
     def cheap_rows(self) -> int:
@@ -71,7 +78,7 @@ class FirstAnswers:
         if len(offer.climb) < 2:
             return 0.0
         one, two = offer.climb[:2]
-        rows = min(len(self), offer.profile.max_batch)
+        rows = min(self.waiting.rows, offer.profile.max_batch)
         step = segment_between(one, two)
         took_s = offer.profile.latency_s(Segment(one, embed=True), rows) + offer.profile.latency_s(step, rows)
         return rows * (offer.accuracies[two] - offer.accuracies[one]) / took_s
@@ -80,28 +87,25 @@ class FirstAnswers:
         """Rows that are too late make room for those that are not."""
         while self.late and self.late[0].deadline_s <= now_s:
             decision.expired.extend(self.late.take_places([0]))
-        start_s = now_s + self._offer.reserve_s
-        for segment, queue in self.queues.items():
-            for row in queue.before((start_s + self._offer.profile.latency_s(segment, 1),)):
-                assert row.place is not None
-                _, key = row.place
-                if key[0] != row.deadline_s:  # it has none, or was too late before
-                    continue
-                take_out(row)
-                if not row.at and row.deadline_s <= now_s:
-                    decision.expired.append(row)
-                elif row.wish.strict:
-                    decision.refused.append(row)
-                elif row.at:  # it has begun, so it is not given up; from now on as urgent as one without a budget
-                    self._add(row, (row.patient_until_s, 0, row.order))
-                else:
-                    self.late.add(row.urgency, row)
+        latency_s, start_s = self._offer.profile.latency_s, now_s + self._offer.reserve_s
+        for row in self._due.before((start_s + latency_s(self._slowest, 1),)):
+            if row.deadline_s >= start_s + latency_s(row.rest, 1):
+                continue
+            take_out(row)
+            if not row.at and row.deadline_s <= now_s:
+                decision.expired.append(row)
+            elif row.wish.strict:
+                decision.refused.append(row)
+            elif row.at:  # it has begun, so it is not given up; from now on as urgent as one without a budget
+                self.waiting.add((row.patient_until_s, 0, row.order), row)
+            else:
+                self.late.add(row.urgency, row)
 
     def take(self, now_s: float, batches: dict[Segment, list[Due]]) -> tuple[list[Row], Segment, float]:
         """The most urgent queue's next batch, and how long it may take so that all others of `batches` are in time."""
-        segment = min(batches, key=lambda each: self.queues[each].key(0))
-        queue = self.queues[segment]
-        others = [batch for other, of_other in batches.items() if other != segment for batch in of_other]
+        segment = min(batches, key=lambda each: self.waiting.queues[each].key(0))
+        queue = self.waiting.queues[segment]
+        others = sorted(batch for other, of_other in batches.items() if other != segment for batch in of_other)
         rows = queue.take_places(self._places(segment, queue, now_s, others))
         return rows, segment, self.spare_s(now_s, (*others, *self._batches_of(segment, queue, 0)))
 
@@ -113,9 +117,6 @@ class FirstAnswers:
         most = self._offer.profile.most_rows(segment, limit_s) or 1
         places = islice((place for place, row in enumerate(self.late) if row.target == target), most)
         return self.late.take_places(places), segment
-
-    def _add(self, row: Row, key: Key) -> None:
-        self.queues.setdefault(row.rest, Waiting()).add(key, row)
 
     def _batches_of(self, segment: Segment, queue: Waiting, start: int) -> list[Due]:
         """The full batches of one queue from this place on. What the first row of a batch needs, all get."""

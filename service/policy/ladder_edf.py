@@ -30,7 +30,7 @@ from service.policy.joining import join
 from service.policy.price import Price
 from service.policy.state import Batch, Decision, Offer, Row, Step, segment_between
 from service.policy.straight import straight
-from service.policy.waiting import drop_empty, take_out
+from service.policy.waiting import take_out
 from service.policy.wish import StoppedBy, Wish
 from service.profile import Segment
 
@@ -55,7 +55,7 @@ class LadderEdf:
 
     def waiting(self) -> int:
         """See `Policy`."""
-        return len(self._first) + len(self._deeper) + len(self._first.late)
+        return self._first.waiting.rows + self._deeper.waiting.rows + len(self._first.late)
 
     def arrive(self, row: Row, now_s: float) -> None:
         """See `Policy`."""
@@ -127,8 +127,8 @@ class LadderEdf:
         """See `Policy`."""
         decision = Decision(done=[(row, stopped_by) for row, stopped_by in self._done if not row.gone])
         self._done = []
-        drop_empty(self._first.queues)
-        drop_empty(self._deeper.queues)
+        self._first.waiting.drop_empty()
+        self._deeper.waiting.drop_empty()
         self._give_up(until_s, now_s, decision)
         self._first.set_aside(now_s, decision)
         self._deeper.let_go(decision)
@@ -162,13 +162,12 @@ class LadderEdf:
         """The next batch, and how far it runs."""
         batches, deeper = self._first.batches(), None
         limit_s = min(spare_s, self._quantum_s())
-        if self._deeper:
+        if self._deeper.waiting.rows:
             deeper = self._deeper.best(now_s, min(limit_s, self._spare_for_deeper_s(now_s, batches)))
         if batches and (deeper is None or deeper.rate <= self._first.rate()):
             return self._first_answers(now_s, limit_s, batches)
         if deeper is not None:
-            rows = deeper.queue.take_places(deeper.places)
-            return self._join(rows, deeper.segment, now_s, deeper.limit_s, deeper.limit_s)
+            return self._join(deeper.take(), deeper.segment, now_s, deeper.limit_s, deeper.limit_s)
         if late := self._first.take_late(limit_s):
             return self._join(*late, now_s, limit_s, spare_s)
         return None
@@ -188,7 +187,7 @@ class LadderEdf:
         if not batches:
             return math.inf
         first_spare_s = self._first.spare_s(now_s, chain.from_iterable(batches.values()))
-        if len(self._first) < self._first.cheap_rows():
+        if self._first.waiting.rows < self._first.cheap_rows():
             return _SPARE_SHARE * first_spare_s
         return max(0.0, first_spare_s - self._tightest_s)
 
@@ -231,5 +230,5 @@ class LadderEdf:
         self, rows: list[Row], segment: Segment, now_s: float, limit_s: float, spare_s: float
     ) -> tuple[list[Row], Segment]:
         """See `join`: with all rows that wait in order."""
-        queues = (*self._first.queues.items(), *self._deeper.queues.items())
+        queues = (*self._first.waiting.queues.items(), *self._deeper.waiting.queues.items())
         return join(rows, segment, queues, self._offer.profile, now_s + self._offer.reserve_s, limit_s, spare_s)

@@ -2,76 +2,71 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Key = tuple[Any, ...]
 
 
-class _Entry(NamedTuple):
-    key: Key
-    item: Any  # never compared: keys differ
-
-
 class SortedQueue(Generic[Item]):
     """Items by a key, least first. Keys are tuples of one form, each different from all others here."""
 
-    __slots__ = ("_entries",)
+    __slots__ = ("_items", "_keys")
 
     def __init__(self) -> None:
-        self._entries: list[_Entry] = []
+        self._keys: list[Key] = []
+        self._items: list[Item] = []  # in the same order
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._keys)
 
     def __iter__(self) -> Iterator[Item]:
-        return (entry.item for entry in self._entries)
+        return iter(self._items)
 
     def __getitem__(self, index: int) -> Item:
-        item: Item = self._entries[index].item
-        return item
+        return self._items[index]
 
     def key(self, index: int) -> Key:
         """The key of the item at `index`."""
-        return self._entries[index].key
+        return self._keys[index]
 
     def keys(self, start: int, step: int) -> list[Key]:
         """The keys of every `step`th item from `start` on."""
-        return [entry.key for entry in self._entries[start::step]]
+        return self._keys[start::step]
 
     def before(self, key: Key) -> list[Item]:
         """The items with a smaller key."""
-        return [entry.item for entry in self._entries[: self.below(key)]]
+        return self._items[: self.below(key)]
 
     def add(self, key: Key, item: Item) -> None:
         """Into its place."""
-        entries = self._entries
-        if not entries or entries[-1].key < key:  # mostly: budgets are much alike
-            entries.append(_Entry(key, item))
-        else:
-            insort(entries, _Entry(key, item))
+        keys = self._keys
+        place = len(keys) if not keys or keys[-1] < key else bisect_left(keys, key)  # mostly: budgets are much alike
+        keys.insert(place, key)
+        self._items.insert(place, item)
 
     def below(self, key: Key) -> int:
         """How many items have a smaller key."""
-        return bisect_left(self._entries, (key,))
+        return bisect_left(self._keys, key)
 
-    def remove(self, key: Key) -> None:
+    def remove(self, key: Key) -> Item:
         """Take the item with this key out.
 
         Raises:
             KeyError: there is none.
         """
         index = self.below(key)
-        if index == len(self._entries) or self._entries[index].key != key:
+        if index == len(self._keys) or self._keys[index] != key:
             raise KeyError(key)
-        del self._entries[index]
+        del self._keys[index]
+        return self._items.pop(index)
 
     def take_places(self, places: Iterable[int]) -> list[Item]:
         """Take the items of these rising places out."""
         wanted = list(places)
-        taken = [self._entries[place].item for place in wanted]
+        taken = [self._items[place] for place in wanted]
         for place in reversed(wanted):
-            del self._entries[place]
+            del self._keys[place], self._items[place]
         return taken

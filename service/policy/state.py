@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple, Protocol
 
 from family.choice import climb, pareto_front
@@ -90,6 +91,7 @@ class Offer:
         return (1 - confidence) * (self.accuracies[target] - self.accuracies[answered]) / wrong if wrong > 0 else 0.0
 
 
+@cache  # of two paths of a model; asked for very often
 def segment_between(before: Path, target: Path) -> Segment:
     """What has to run to get from the state after the blocks `before` (none: the input) to the answer of `target`.
 
@@ -110,7 +112,7 @@ class Row:
         answered: the path of its latest answer, which has this `confidence`.
         target: the path that it is on the way to.
         place: the queue where it waits, and its key there; none while it runs.
-        turn: changes whenever it moves, so that what was noted about it before is known to be outdated.
+        noted: other orders that it is in while it waits, and its keys there.
     """
 
     wish: Wish
@@ -121,7 +123,7 @@ class Row:
     confidence: float = 0.0
     target: Path = ()
     place: tuple[SortedQueue[Row], Key] | None = None
-    turn: int = 0
+    noted: tuple[tuple[SortedQueue[Row], Key], ...] = ()
     gone: bool = False
 
     @property
@@ -164,15 +166,18 @@ class Batch:
     @staticmethod
     def of(rows: Sequence[Row], segment: Segment, offer: Offer) -> Batch:
         """A batch of these rows, of which each has `segment` as the beginning of its rest."""
-        predict = keep_state = False
-        for row in rows:
-            ends = len(row.rest.nodes) == len(segment.nodes)
-            predict |= ends
-            if not ends:
-                keep_state = True
-            elif row.wish.path is None:
-                keep_state |= any(extends(later, row.target) for later in offer.climb if later != row.target)
+        ending = [row for row in rows if row.rest == segment]
+        predict, keep_state = bool(ending), len(ending) < len(rows)
+        if not keep_state:
+            going_on = _with_longer_ones(offer.climb)
+            keep_state = any(row.target in going_on and row.wish.path is None for row in ending)
         return Batch(rows, segment, predict, keep_state, offer.profile.latency_s(segment, len(rows)))
+
+
+@cache
+def _with_longer_ones(paths: tuple[Path, ...]) -> frozenset[Path]:
+    """Those that others of them begin with."""
+    return frozenset(path for path in paths if any(extends(longer, path) for longer in paths if longer != path))
 
 
 @dataclass(slots=True)

@@ -271,7 +271,7 @@ def test_queues_of_paths_that_nobody_waits_for_are_forgotten() -> None:
     offer = make_offer()
     policy = LadderEdf(offer)
     Device(policy, offer).play(Come(i * 0.01, Wish(path=path)) for i, path in enumerate(offer.accuracies))
-    assert policy._first.queues == policy._deeper.queues == {}
+    assert policy._first.waiting.queues == policy._deeper.waiting.queues == {}
 
 
 def test_a_begun_path_that_is_late_is_finished_in_an_endless_crowd() -> None:
@@ -327,6 +327,6 @@ def test_not_more_rows_wait_for_a_better_answer_than_will_get_one() -> None:
     while done < len(played):
         decision = policy.decide(device.now_s)
         done += len(decision.done)
-        assert len(policy._deeper) <= most
+        assert policy._deeper.waiting.rows <= most
         if decision.batch is not None:
             device._run(decision.batch)
