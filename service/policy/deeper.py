@@ -103,4 +103,3 @@ class DeeperWork:
                     best = BestBatch(gain / took_s, segment, queue, places, len(places), limit_s)
                 took_s = profile.latency_s(segment, len(places) + 1)
         return best
-

@@ -34,7 +34,7 @@ from service.policy.waiting import take_out
 from service.policy.wish import StoppedBy, Wish
 from service.profile import Segment
 
-_SHARE_OF_BUDGET = 0.2
+_SHARE_OF_BUDGET = 0.5  # for one run, because of rows that may come meanwhile
 _SPARE_SHARE = 0.5  # of the time that first answers can spare, for deeper work
 _FORGETTING = 1.02  # the factor by which the tightest budget is relaxed with every arrival
 

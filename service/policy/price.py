@@ -41,7 +41,7 @@ class Price:
 
     def __init__(self, offer: Offer) -> None:
         self._offer = offer
-        self._rows = max(1, offer.profile.max_batch // 4)  # of the batches in which deeper work is imagined
+        self._rows = max(1, offer.profile.max_batch // 2)  # of the batches in which deeper work is imagined
         self._idle_since_s: float | None = None
         self.per_second = 0.0
 

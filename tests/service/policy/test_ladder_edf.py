@@ -67,9 +67,9 @@ SURE = {(4,): 0.9, (4, 6): 0.92, (4, 6, 7): 0.94}
 @pytest.mark.parametrize(
     ("rows", "waits_s", "budget_s", "path"),
     [
-        (2, 0.0, 0.021, (4, 6)),  # 3.2 ms; 1.95 and 1.6 in two runs
-        (4, 0.0, 0.0265, (4,)),  # 4.2 ms; 2.45 and 1.6
-        (4, 0.0005, 0.0265, (4, 6)),  # 4.7 ms; 2.95 and 2.1
+        (2, 0.0, 0.0084, (4, 6)),  # 3.2 ms; 1.95 and 1.6 in two runs
+        (4, 0.0, 0.0106, (4,)),  # 4.2 ms; 2.45 and 1.6
+        (4, 0.0005, 0.0106, (4, 6)),  # 4.7 ms; 2.95 and 2.1
     ],
 )
 def test_first_answers_are_deeper_where_one_run_takes_less_than_two(
