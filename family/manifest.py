@@ -205,6 +205,11 @@ class Manifest(_Model):
         return dict(sorted(entries.items(), key=lambda item: (len(item[0]), item[0])))
 
     @cached_property
+    def by_name(self) -> dict[str, Path]:
+        """The offered paths as they are written, like `4-6-7`."""
+        return {format_path(path): path for path in self.offered}
+
+    @cached_property
     def accuracies(self) -> dict[Path, float]:
         """Validation accuracy of every offered path: what paths are chosen by."""
         return {path: entry.validation.accuracy for path, entry in self.offered.items()}

@@ -24,6 +24,7 @@ from service import plan, predict, raw, routes
 from service.access import Access
 from service.context import Context
 from service.description import complete
+from service.direct import DirectRoutes
 from service.engine import Engine
 from service.errors import ServiceError
 from service.keys import OPEN_PATHS, KeyCheck, Keys
@@ -98,6 +99,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # `service.tracing` and `service.metrics` tell more
         exception_handlers={
             ServiceError: on_service_error,
             HTTPException: on_http_exception,
@@ -106,13 +108,13 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     )
     app.state.context = context
     app.state.metrics = metrics
-    app.router.routes.extend((*raw.direct_routes, *oip_infer.direct_routes))  # before the routes of the same URLs
     # Tried in order: first those that answer.
     for router in (predict.router, predict.stream_router, oip_infer.router):
         app.include_router(router)
     for router in (routes.router, plan.router, oip_routes.router):
         app.include_router(router)
     # Each around those before it.
+    app.add_middleware(DirectRoutes, routes=(*raw.direct_routes, *oip_infer.direct_routes))
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     if keys is not None:
         open_paths = OPEN_PATHS if settings.metrics_need_key else OPEN_PATHS | {"/metrics"}

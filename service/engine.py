@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 _MOST_GUESSES = 8
 """Of the smallest budget that can be met: each passes all rows that were due by the one before."""
 
-_ON_LOOP_S = 0.0005
+_ON_LOOP_S = 0.001
 """A run that takes no longer, for the only request there is, runs on the event loop: the way to the inference thread and
 back takes about as long, and so does reading a request. (Should it hang, so does the loop, and probes get no answer.)"""
 

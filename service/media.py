@@ -1,16 +1,12 @@
-"""Which content types a router's requests may have: said where its routes are, checked before a body is read. And
-the routes that do without FastAPI.
-"""
+"""Which content types a router's requests may have: said where its routes are, checked before a body is read."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from starlette.routing import Match, Route
-from starlette.types import Scope
 
 from service.errors import UnsupportedMedia
 
@@ -46,7 +42,7 @@ def reading(*media_types: str, unnamed: bool = False) -> type[APIRoute]:
 
             async def checked(request: Request) -> Response:
                 content_type = request.headers.get("content-type")
-                if not _is_read(content_type, media_types, unnamed=unnamed):
+                if not is_read(content_type, media_types, unnamed=unnamed):
                     got = repr(content_type[:40]) if content_type else "none"
                     raise UnsupportedMedia(f"expected Content-Type {' or '.join(media_types)}, got {got}")
                 return await handle(request)
@@ -56,27 +52,6 @@ def reading(*media_types: str, unnamed: bool = False) -> type[APIRoute]:
     return Reading
 
 
-class DirectRoute(Route):
-    """Takes POSTs with bodies that are read to `endpoint`, without FastAPI's matching, dependencies and responses, which
-    take as long as all else together. Whatever else is asked at this URL is left to the routes after it, one of which
-    FastAPI describes."""
-
-    def __init__(
-        self, url: str, endpoint: Callable[[Request], Awaitable[Response]], *media_types: str, unnamed: bool = False
-    ) -> None:
-        super().__init__(url, endpoint, methods=["POST"], include_in_schema=False)
-        self._media_types = media_types
-        self._unnamed = unnamed
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """See Starlette."""
-        content_type = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"content-type"), None)
-        if scope["method"] != "POST" or not _is_read(content_type, self._media_types, unnamed=self._unnamed):
-            return Match.NONE, {}
-        match, child_scope = super().matches(scope)
-        return match, {**child_scope, "route": self}  # as FastAPI's routes do, for traces and the access log
-
-
-def _is_read(content_type: str | None, media_types: tuple[str, ...], *, unnamed: bool) -> bool:
+def is_read(content_type: str | None, media_types: tuple[str, ...], *, unnamed: bool) -> bool:
     """Whether bodies with this header are of one of these types."""
     return content_type.partition(";")[0].strip().lower() in media_types if content_type else unnamed

@@ -12,7 +12,7 @@ from service.errors import ClientGone
 
 T = TypeVar("T")
 
-_UNWATCHED_S = 0.001
+_UNWATCHED_S = 0.002
 """For so long nobody watches whether a client goes: quick answers are there by then, and need no task beside them."""
 
 

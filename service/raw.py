@@ -11,9 +11,10 @@ from starlette.responses import Response
 from family.manifest import Manifest
 from service.call import open_call
 from service.context import context_of
+from service.direct import DirectRoute
 from service.errors import InvalidInput
 from service.inputs import check_rows
-from service.media import OCTETS, DirectRoute
+from service.media import OCTETS
 from service.predict import answer_call
 from service.runtime import Rows
 from service.versions import model_urls, served_model

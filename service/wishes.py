@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -51,6 +52,8 @@ _HEADERS: dict[bytes, tuple[str, Callable[[str], Any]]] = {
 
 _QUERY: dict[str, Callable[[str], Any]] = dict(_HEADERS.values()) | {"probabilities": _boolean}
 
+_LONGEST_KEPT = 200  # bytes of a query: longer than anybody needs
+
 _TYPES: dict[Callable[[str], Any], str] = {_number: "number", _boolean: "boolean"}
 
 HEADER_PARAMETERS: list[dict[str, Any]] = [
@@ -86,11 +89,16 @@ class QueryWishes(Wishes):
 
 
 def with_query(query: bytes) -> QueryWishes:
-    """The wishes in a raw query string.
+    """The wishes in a raw query string. Not to be changed: clients ask the same again and again, so they are kept.
 
     Raises:
         InvalidInput: one is unknown, cannot be read, comes twice, or is out of range; they exclude each other.
     """
+    return _read_query(query) if len(query) <= _LONGEST_KEPT else _read_query.__wrapped__(query)
+
+
+@lru_cache(maxsize=1024)
+def _read_query(query: bytes) -> QueryWishes:
     found: dict[str, Any] = {}
     for name, text in parse_qsl(query.decode("latin-1"), keep_blank_values=True) if query else ():
         if name not in _QUERY:

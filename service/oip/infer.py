@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request, Response
 from service.access import note_answer
 from service.call import count_answered, count_failed, learn_send, trace
 from service.context import context_of, errors
+from service.direct import DirectRoute
 from service.encodings import accepted_coding
 from service.errors import ServiceError
-from service.media import JSON, OCTETS, DirectRoute, reading
+from service.media import JSON, OCTETS, reading
 from service.oip.inference import describe_answer, open_inference
 from service.oip.schemas import InferenceParameters, InferenceRequest, InferenceResponse
 from service.oip.tensors import read_values

@@ -114,7 +114,7 @@ class LadderEdf:
     def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
         """See `Policy`."""
         decision = self.settle(now_s, now_s)
-        chosen = self._choose(now_s, spare_s)
+        chosen = self._choose(now_s, spare_s) if self.waiting() else None
         if chosen is None:
             self._price.idle(now_s)
             return decision

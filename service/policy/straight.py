@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
-from family.tree import Path
+from family.tree import Path, extends
 from service.policy.price import COIN
 from service.policy.state import Offer, Row, segment_between
 from service.profile import Segment
@@ -29,10 +30,21 @@ def straight(
     unsure = math.ceil(count * min(1.0, (1 - offer.accuracies[first]) / COIN))
     first_s = latency_s(Segment(first, embed=True), count)
     best: Path | None = None
-    for path in offer.climb[1:]:
+    for path in _on_the_way(offer.climb):
         took_s = latency_s(Segment(path, embed=True), count)
         in_two_s = first_s + latency_s(segment_between(first, path), unsure)
         gain = count * (offer.accuracies[path] - offer.accuracies[first])
         if took_s <= min(limit_s, in_two_s) and gain > per_second * (took_s - first_s):
             best = path
     return best
+
+
+@cache
+def _on_the_way(climb: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The paths after the first that lead to all that the first leads to: who goes there starts nothing again for it."""
+    first = climb[0]
+    return tuple(
+        path
+        for place, path in enumerate(climb[1:], start=1)
+        if all(extends(later, path) for later in climb[place + 1 :] if extends(later, first))
+    )

@@ -56,7 +56,7 @@ def resolve_wish(
     wish = Wish(deadline_s=deadline_s, strict=strict, priority=priority)
     if path is not None:
         try:
-            nodes = manifest.tree.parse(path)
+            nodes = manifest.by_name.get(path) or manifest.tree.parse(path)
         except InvalidPath as exc:
             raise InvalidInput(str(exc)) from exc
         return replace(wish, path=_offered(manifest, nodes, f"path {path}", min_depth), asked_as="path")

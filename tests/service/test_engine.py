@@ -545,7 +545,7 @@ def test_an_error_while_stopping_does_not_keep_the_engine_from_its_end() -> None
 def test_a_short_run_for_the_only_request_is_done_by_the_event_loop_itself() -> None:
     async def test() -> None:
         async with bench() as b:
-            b.model.profile = LatencyProfile(fake_parts(block_s=0.0001))
+            b.model.profile = LatencyProfile(fake_parts(block_s=0.0002))
             b.engine.add(b.model)
             threads: list[str] = []
             b.runner.before = lambda _: threads.append(threading.current_thread().name)

@@ -147,6 +147,7 @@ def depth_alone(budget_s: float, family: str, confidence: float) -> Played:
 
 @given(st.lists(st.floats(0.0, 0.1), min_size=2, max_size=8), st.sampled_from(sorted(FAMILIES)), st.floats(0, 1))
 @example([0.0078125, 0.01171875], "all", 0.0)  # time for the last path in one run, and not in as many as it is cut into
+@example([0.009765625, 0.01171875], "front", 0.0)  # time to go straight to a path from which the last one starts again
 @settings(max_examples=60)
 def test_alone_more_time_never_gives_a_worse_path(budgets, family, confidence) -> None:
     accuracies = FAMILIES[family]
