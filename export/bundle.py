@@ -88,7 +88,7 @@ def export_bundle(
     validation = _logits(family, data.validation, trained_paths(config, family.tree, tuple(family.tree.paths())))
     accuracies = {path: _accuracy(logits, data.validation) for path, logits in validation.items()}
     chosen = choose_paths(family.tree, accuracies, paths)
-    steps = len(family.tree.nodes) + 6 + 2 * len(chosen)  # parts, weights, gated graph, two of metrics; each path twice
+    steps = 6 + 2 * len(chosen)  # parts, weights, gated graph, two of metrics; each path twice
 
     def advance(step: str) -> None:
         report(step, steps)
@@ -96,7 +96,8 @@ def export_bundle(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     temporary.mkdir()
     try:
-        parts = export_parts(family, data.validation.x[:2], advance)
+        parts = export_parts(family, data.validation.x[:2])
+        advance("parts")
         _write_graphs(temporary, parts, place(parts.initializers), chosen, advance)
         entries = _entries(
             family, chosen, validation, data, reference_path(family.tree, {p: accuracies[p] for p in chosen})

@@ -1,4 +1,4 @@
-"""ONNX graphs of a family: each part is exported once, then stitched into the path graphs and the gated graph.
+"""ONNX graphs of a family: its parts are exported once, then stitched into the path graphs and the gated graph.
 
 Both forms name the same weights, which lie once, outside of the graphs, in one file of ONNX external data.
 """
@@ -9,7 +9,7 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 
@@ -98,10 +98,10 @@ def place(initializers: dict[str, NDArray[np.generic]]) -> Placement:
     return Placement(offsets, end)
 
 
-def export_parts(family: Family, example: Tensor, advance: Callable[[str], None]) -> Parts:
-    """Run torch's exporter once for the embedding, each block and the head, with a free batch axis.
+def export_parts(family: Family, example: Tensor) -> Parts:
+    """The embedding, each block and the head by torch's exporter, with a free batch axis.
 
-    `example` is an input of at least two rows. `advance` is told the name of each part when it is done.
+    `example` is an input of at least two rows.
 
     Raises:
         ShapeError: the parts do not fit each other.
@@ -111,14 +111,12 @@ def export_parts(family: Family, example: Tensor, advance: Callable[[str], None]
     shapes = shapes_of(family, example)
     with torch.no_grad():
         state = family.embed(example)
-    embed = _export(family.embed, example, "embed")
-    advance("embed")
-    blocks = {}
-    for node in family.tree.nodes:
-        blocks[node] = _export(family.blocks.module(node), state, f"block{node}")
-        advance(f"block {node}")
-    head = _export(family.head, state, "head")
-    advance("head")
+    modules: dict[str, tuple[nn.Module, Tensor]] = {"embed": (family.embed, example)}
+    modules |= {f"block{node}": (family.blocks.module(node), state) for node in family.tree.nodes}
+    modules["head"] = family.head, state
+    parts = _export(modules)
+    embed, head = parts.pop("embed"), parts.pop("head")
+    blocks = dict(zip(family.tree.nodes, parts.values(), strict=True))
     input_type = TensorProto.FLOAT if example.is_floating_point() else TensorProto.INT64
     return Parts(embed, blocks, head, input_type, shapes.input, shapes.state, shapes.classes)
 
@@ -175,32 +173,85 @@ def gated_graph(parts: Parts, placement: Placement) -> ModelProto:
     return _model(helper.make_graph(nodes, "family", inputs, outputs, tensors))
 
 
-def _export(module: nn.Module, example: Tensor, name: str) -> Part:
-    batch = torch.export.Dim("batch")
+class _SideBySide(nn.Module):
+    """Modules that do not know of each other, each with an input of its own."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self._modules_in_order = nn.ModuleList(modules)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(module(x) for module, x in zip(self._modules_in_order, inputs, strict=True))
+
+
+def _export(modules: dict[str, tuple[nn.Module, Tensor]]) -> dict[str, Part]:
+    """Each of these modules, named and with an example of its input. They are exported side by side: most of what the
+    exporter takes, it takes once."""
     try:
-        with _quiet_exporter(), without_fused_kernels():
-            program = torch.onnx.export(
-                module.eval(),
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: batch},),
-                opset_version=OPSET,
-                input_names=["in"],
-                output_names=["out"],
-                verbose=False,
-            )
-    except Exception as exc:  # whatever torch or the module's own code raises while it is traced
-        raise BundleError(f"{name}: torch cannot export this module to ONNX with a free batch axis: {exc}") from exc
-    assert program is not None
-    model = onnx.compose.add_prefix(program.model_proto, f"{name}/")
-    if model.functions:
-        raise BundleError(f"{name}: the exporter left functions in the graph, which cannot be stitched")
-    graph = model.graph
+        graph = _translate(modules)
+    except Exception as together:  # whatever torch or a module's own code raises while it is traced
+        for name, module in modules.items():  # which of them was it?
+            try:
+                _translate({name: module})
+            except Exception as exc:
+                raise BundleError(f"{name}: torch cannot export this module to ONNX with a free batch axis: {exc}") from exc
+        raise BundleError(f"torch cannot export the parts of this family together: {together}") from together
     for node in graph.node:  # source locations of this machine, ten times the size of what they describe
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
-    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    return Part(tuple(graph.node), graph.input[0].name, graph.output[0].name, tensors)
+    return {name: _cut(graph, place, name) for place, name in enumerate(modules)}
+
+
+def _translate(modules: dict[str, tuple[nn.Module, Tensor]]) -> GraphProto:
+    side_by_side = _SideBySide(module for module, _ in modules.values())
+    # An axis each, of a size of its own: of one that all share, or that looks so, the exporter asks a single input.
+    examples = tuple(_of_rows(place + 2, example) for place, (_, example) in enumerate(modules.values()))
+    axes = tuple({0: torch.export.Dim(f"batch{place}")} for place in range(len(examples)))
+    with _quiet_exporter(), without_fused_kernels():
+        program = torch.onnx.export(
+            side_by_side.eval(),
+            examples,
+            dynamo=True,
+            dynamic_shapes=(axes,),
+            opset_version=OPSET,
+            input_names=[f"in{place}" for place in range(len(examples))],
+            output_names=[f"out{place}" for place in range(len(examples))],
+            verbose=False,
+        )
+    assert program is not None
+    if program.model_proto.functions:
+        raise BundleError("the exporter left functions in the graph, which cannot be stitched")
+    return program.model_proto.graph
+
+
+def _of_rows(rows: int, example: Tensor) -> Tensor:
+    return example[torch.arange(rows) % len(example)]
+
+
+def _cut(graph: GraphProto, place: int, name: str) -> Part:
+    """What leads to the output at this place."""
+    own, output = graph.input[place], graph.output[place]
+    needed, nodes = {output.name}, []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            nodes.append(node)
+            needed.update(_reads(node))
+    if others := needed.intersection(each.name for each in graph.input) - {own.name}:
+        raise BundleError(f"{name}: the exporter made it depend on what is not its own, {', '.join(sorted(others))}")
+    weights = [tensor for tensor in graph.initializer if tensor.name in needed]
+    cut = onnx.compose.add_prefix_graph(helper.make_graph(nodes[::-1], name, [own], [output], weights), f"{name}/")
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in cut.initializer}
+    return Part(tuple(cut.node), cut.input[0].name, cut.output[0].name, tensors)
+
+
+def _reads(node: NodeProto) -> Iterator[str]:
+    """All names that a node or its branches mention."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
+            for inner in graph.node:
+                yield from _reads(inner)
+            yield from (output.name for output in graph.output)
 
 
 @contextmanager
