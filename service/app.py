@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import gc
 import io
 import logging
 from collections.abc import AsyncIterator
@@ -33,7 +32,7 @@ from service.metrics import Metrics
 from service.oip import infer as oip_infer
 from service.oip import routes as oip_routes
 from service.oip.rpc.port import check_grpc, open_rpc
-from service.pauses import watch_pauses
+from service.pauses import shorten_pauses, watch_pauses
 from service.reload import watch_repository
 from service.repository import Repository, ServedModel, open_repository
 from service.responses import on_http_exception, on_service_error, on_validation_error
@@ -164,9 +163,7 @@ async def _warm_up(app: FastAPI) -> None:
         logger.exception("warm-up failed; the server will not become ready")
         raise
     context.metrics.clear()
-    # What start-up left is never garbage: keep the collector from walking it while requests wait.
-    gc.collect()
-    gc.freeze()
+    shorten_pauses()
     context.warm = True
     logger.info("ready: serving %s", ", ".join(f"{model.name} {model.version}" for model in models))
 
