@@ -178,10 +178,10 @@ class _SideBySide(nn.Module):
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
-        self._modules_in_order = nn.ModuleList(modules)
+        self.parts = nn.ModuleList(modules)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(module(x) for module, x in zip(self._modules_in_order, inputs, strict=True))
+        return tuple(module(x) for module, x in zip(self.parts, inputs, strict=True))
 
 
 def _export(modules: dict[str, tuple[nn.Module, Tensor]]) -> dict[str, Part]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_THRESHOLDS = 10_000, 50, 1000
+_THRESHOLDS = 700, 700, 1000
 """Python's own are 700, 10, 10, and after `gc.freeze` next to nothing is old, so that full collections were frequent: of
 whatever is in flight, which in an overload took 50 ms and more, and made the overload worse. Requests leave no cycles; what
 errors leave is collected young."""

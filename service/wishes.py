@@ -82,14 +82,14 @@ QUERY_PARAMETERS: list[dict[str, Any]] = [
 """The query of a raw body as parameters of an OpenAPI operation."""
 
 
-class QueryWishes(Wishes):
+class QueryWishes(Wishes, frozen=True):
     """What the query of a raw body can say."""
 
     probabilities: bool = False
 
 
 def with_query(query: bytes) -> QueryWishes:
-    """The wishes in a raw query string. Not to be changed: clients ask the same again and again, so they are kept.
+    """The wishes in a raw query string. Clients ask the same again and again, so what was read is kept.
 
     Raises:
         InvalidInput: one is unknown, cannot be read, comes twice, or is out of range; they exclude each other.
