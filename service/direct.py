@@ -6,6 +6,7 @@ FastAPI describes them, by routes of its own at the same URLs, which also take w
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,26 +18,30 @@ from service.errors import ServiceError
 from service.media import is_read
 from service.responses import on_http_exception, on_service_error
 
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
-class DirectRoute(Route):
-    """Takes POSTs with bodies of these types, or with `unnamed` without a Content-Type, to `endpoint`."""
 
-    def __init__(
-        self, url: str, endpoint: Callable[[Request], Awaitable[Response]], *media_types: str, unnamed: bool = False
-    ) -> None:
-        super().__init__(url, endpoint, methods=["POST"], include_in_schema=False)
+class DirectRoute:
+    """Takes POSTs with bodies of these types, or with `unnamed` without a Content-Type, to `endpoint`. `path` is the
+    template of its URLs, under the name that FastAPI's routes have for it: traces and the access log tell it."""
+
+    def __init__(self, path: str, endpoint: Endpoint, *media_types: str, unnamed: bool = False) -> None:
+        self.path = path
+        self.endpoint = endpoint
+        self._route = Route(path, endpoint, methods=["POST"])
         self._media_types = media_types
         self._unnamed = unnamed
 
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """See Starlette."""
-        match, child_scope = super().matches(scope)
+    def takes(self, scope: Scope) -> bool:
+        """Whether the request of `scope` is one of its own; then the scope gets what Starlette's router would add."""
+        match, found = self._route.matches(scope)
         if match is not Match.FULL:
-            return Match.NONE, {}
+            return False
         content_type = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"content-type"), None)
         if not is_read(content_type, self._media_types, unnamed=self._unnamed):
-            return Match.NONE, {}
-        return match, {**child_scope, "route": self}  # as FastAPI's routes do, for traces and the access log
+            return False
+        scope.update(found, route=self)
+        return True
 
 
 class DirectRoutes:
@@ -48,18 +53,15 @@ class DirectRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
-        if scope["type"] == "http" and scope["method"] == "POST":
-            for route in self._routes:
-                match, child_scope = route.matches(scope)
-                if match is Match.FULL:
-                    scope.update(child_scope)
-                    response = await _answer(Request(scope, receive), child_scope["endpoint"])
-                    await response(scope, receive, send)
-                    return
+        for route in self._routes:
+            if route.takes(scope):
+                response = await _answer(Request(scope, receive), route.endpoint)
+                await response(scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
 
-async def _answer(request: Request, endpoint: Callable[[Request], Awaitable[Response]]) -> Response:
+async def _answer(request: Request, endpoint: Endpoint) -> Response:
     try:
         return await endpoint(request)
     except ServiceError as error:
