@@ -35,14 +35,11 @@ def shift_images(images: Tensor, shift: int, rng: np.random.Generator) -> Tensor
     if shift == 0:
         return images
     rows, *channels, height, width = images.shape
-    offsets = torch.from_numpy(rng.integers(0, 2 * shift + 1, size=(2, rows)))
+    y, x = torch.from_numpy(rng.integers(0, 2 * shift + 1, size=(2, rows)))
     padded = torch.nn.functional.pad(images, (shift, shift, shift, shift))
-    y = offsets[0][:, None] + torch.arange(height)
-    x = offsets[1][:, None] + torch.arange(width)
-    row = torch.arange(rows)[:, None, None]
-    if not channels:
-        return padded[row, y[:, :, None], x[:, None, :]]
-    return padded[row, :, y[:, :, None], x[:, None, :]].movedim(-1, 1)
+    windows = padded.unfold(-2, height, 1).unfold(-2, width, 1)  # a view of all places: (rows, ..., y, x, height, width)
+    row = torch.arange(rows)
+    return windows[row, :, y, x] if channels else windows[row, y, x]
 
 
 def mirror_images(images: Tensor, rng: np.random.Generator) -> Tensor:
