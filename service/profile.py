@@ -92,6 +92,14 @@ class LatencyProfile:
         table = self._typical.get(segment) or self._table(segment)  # asked for very often
         return table[rows] * self._ratios[rows.bit_length()].quantile + self._waits.quantile
 
+    def latencies_s(self, segment: Segment, most: int) -> list[float]:
+        """`latency_s` by number of rows, 0 to `most`, which is at most the largest batch."""
+        windows, wait_s = self._ratios, self._waits.quantile
+        return [
+            took_s * windows[rows.bit_length()].quantile + wait_s
+            for rows, took_s in enumerate(self._table(segment)[: most + 1])
+        ]
+
     def most_rows(self, segment: Segment, limit_s: float) -> int:
         """The largest of the timed batches that takes no longer than `limit_s`; 0 if none does."""
         sizes = reversed(self.parts.batches)

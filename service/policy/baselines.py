@@ -52,7 +52,7 @@ class WholePaths(ABC):
 
     def _overdue(self, until_s: float) -> list[Row]:
         """The rows at the head of the queue that are due by then."""
-        return list(takewhile(lambda row: row.urgency[0] <= until_s, self._queue))
+        return list(takewhile(lambda row: row.urgency[0] <= until_s, self._queue.items))
 
     def wake_s(self) -> float:
         """See `Policy`: whatever waits runs as soon as it can."""
@@ -62,7 +62,7 @@ class WholePaths(ABC):
         """See `Policy`."""
         if not self._queue:
             return math.inf
-        due_s: float = self._queue.key(0)[0]
+        due_s: float = self._queue.keys[0][0]
         return due_s - now_s - self._offer.reserve_s - self._latency_s(self._offer.front[0], 1)
 
     def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:  # noqa: ARG002 (baselines are selfish)
@@ -82,9 +82,11 @@ class WholePaths(ABC):
         # Heads that are too late even for the shallowest path let the others go first, as with our own policy: published
         # descriptions leave open what becomes of them, and run first they would make all after them late as well.
         ready_s = now_s + self._offer.reserve_s + self._latency_s(self._offer.front[0], 1)
-        ready = (place for place, row in enumerate(self._queue) if row.answered is not None or row.deadline_s >= ready_s)
+        ready = (
+            place for place, row in enumerate(self._queue.items) if row.answered is not None or row.deadline_s >= ready_s
+        )
         start = next(ready, 0)
-        head = self._queue[start]
+        head = self._queue.items[start]
         slack_s = head.deadline_s - now_s - self._offer.reserve_s
         most = self._offer.profile.max_batch
         if _is_free(head):
@@ -92,7 +94,7 @@ class WholePaths(ABC):
         segment = head.rest
         places = []
         for place in range(start, len(self._queue)):
-            row = self._queue[place]
+            row = self._queue.items[place]
             if row is head or (_is_free(row) and _is_free(head)) or row.rest == segment:
                 row.target = head.target
                 places.append(place)
@@ -282,8 +284,8 @@ class Clockwork(WholePaths):
         """See `Policy`: and drop every head that is too late."""
         decision = super().settle(now_s, until_s)
         least_s = now_s + self._offer.reserve_s + self._latency_s(self._offer.reference, 1)
-        while self._queue and _is_free(self._queue[0]) and self._queue[0].deadline_s < least_s:
-            row = self._queue[0]
+        while self._queue and _is_free(self._queue.items[0]) and self._queue.items[0].deadline_s < least_s:
+            row = self._queue.items[0]
             take_out(row)
             decision.refused.append(row)
         return decision

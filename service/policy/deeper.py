@@ -6,9 +6,8 @@ import math
 from typing import NamedTuple
 
 from service.policy.price import Price
-from service.policy.queues import SortedQueue
 from service.policy.state import Decision, Offer, Row
-from service.policy.waiting import Group, Waiting, note, take_out
+from service.policy.waiting import Group, Reminders, Waiting, take_out
 from service.profile import Segment
 
 _MOST_BATCHES = 8  # of rows that wait for a better answer
@@ -37,26 +36,26 @@ class DeeperWork:
         self._price = price
         self._most_rows = _MOST_BATCHES * offer.profile.max_batch
         self.waiting = Group()
-        self._until: SortedQueue[Row] = SortedQueue()  # by when it is too late for them
-        self._gains: SortedQueue[Row] = SortedQueue()  # those without a wish, by what they would gain
+        self._until = Reminders()  # by when it is too late for them
+        self._gains = Reminders()  # those without a wish, by what they would gain
 
     def add(self, row: Row, until_s: float) -> None:
         """A row that has an answer waits for a better one, for which it is too late after `until_s`."""
         assert row.answered is not None
         gain = self._offer.gain(row.answered, row.target, row.confidence)
         self.waiting.add((-gain, row.order), row)
-        note(row, self._until, (math.nextafter(until_s, math.inf), row.order))
+        self._until.add((math.nextafter(until_s, math.inf), row.order), row)
         if row.wish.exit_at is None:
-            note(row, self._gains, (gain, -row.order))
+            self._gains.add((gain, -row.order), row)
 
     def wake_s(self) -> float:
         """From when on it is too late for some row; infinity for never."""
-        late_s: float = self._until.key(0)[0] if self._until else math.inf
-        return late_s
+        first = self._until.first()
+        return first[0][0] if first else math.inf
 
     def take_late(self, until_s: float) -> list[Row]:
         """Take those out for which it is too late at `until_s`."""
-        late = self._until.before((until_s, math.inf))
+        late = self._until.take_before((until_s, math.inf))
         for row in late:
             take_out(row)
         return late
@@ -71,8 +70,8 @@ class DeeperWork:
     def let_go(self, decision: Decision) -> None:
         """Answer those who would gain least, where so many wait for a better answer that most wait in vain: they would
         fill the queue, and others be refused any."""
-        while self.waiting.rows > self._most_rows and self._gains:
-            row = self._gains[0]
+        while self.waiting.rows > self._most_rows and (least := self._gains.first()):
+            _, row = least
             take_out(row)
             self.answer(row, decision)
 
@@ -82,24 +81,26 @@ class DeeperWork:
         profile = self._offer.profile
         start_s = now_s + self._offer.careful_reserve_s
         best: BestBatch | None = None
+        best_rate = -math.inf
         for segment, queue in self.waiting.queues.items():
-            if not queue:
-                continue
-            most = profile.most_rows(Segment(segment.nodes[:1], segment.embed), limit_s)
+            most = min(profile.most_rows(Segment(segment.nodes[:1], segment.embed), limit_s), len(queue.items))
+            latencies_s = profile.latencies_s(segment, most)
             places: list[int] = []
-            gain, earliest_s, took_s = 0.0, math.inf, profile.latency_s(segment, 1)
-            for place, row in enumerate(queue):
-                if len(places) >= most:
+            count, best_count, gain, earliest_s = 0, 0, 0.0, math.inf
+            for place, (key, row) in enumerate(zip(queue.keys, queue.items, strict=True)):
+                if count == most:
                     break
-                deadline_s = row.deadline_s
+                took_s, deadline_s = latencies_s[count + 1], row.deadline_s
                 if deadline_s < start_s + took_s:
                     continue
                 earliest_s = min(earliest_s, deadline_s)
                 if earliest_s < start_s + took_s:  # one more would make another late
                     break
                 places.append(place)
-                gain -= queue.key(place)[0]
-                if best is None or gain / took_s > best.rate:
-                    best = BestBatch(gain / took_s, segment, queue, places, len(places), limit_s)
-                took_s = profile.latency_s(segment, len(places) + 1)
+                count += 1
+                gain -= key[0]
+                if gain / took_s > best_rate:
+                    best_rate, best_count = gain / took_s, count
+            if best_count:
+                best = BestBatch(best_rate, segment, queue, places, best_count, limit_s)
         return best

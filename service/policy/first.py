@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain, islice
-from operator import sub
+from itertools import chain, islice
 
-from service.policy.queues import SortedQueue
 from service.policy.state import Decision, Offer, Row, segment_between
-from service.policy.waiting import Group, Waiting, note, take_out
+from service.policy.waiting import Group, Reminders, Waiting, take_out
 from service.profile import Segment
 
 _CHEAP = 1.25  # how much more of the device's time a row of a cheap batch takes than one of the largest
@@ -26,7 +24,7 @@ class FirstAnswers:
         self._offer = offer
         self.waiting = Group()
         self.late = Waiting()
-        self._due: SortedQueue[Row] = SortedQueue()  # those that have a deadline, by that
+        self._due = Reminders()  # those that have a deadline, by that
         self._slowest = max(
             (Segment(path, embed=True) for path in offer.accuracies), key=lambda path: offer.profile.typical_s(path, 1)
         )
@@ -35,7 +33,7 @@ class FirstAnswers:
         """A row waits for what leads to its target."""
         self.waiting.add(row.urgency, row)
         if row.wish.deadline_s is not None:
-            note(row, self._due, (row.wish.deadline_s, row.order))
+            self._due.add((row.deadline_s, row.order), row)
 
     def ahead_s(self, row: Row, rows: int) -> float:
         """How long all takes that goes before so many rows like `row`, and these."""
@@ -49,19 +47,18 @@ class FirstAnswers:
 
     def batches(self) -> dict[Segment, list[Due]]:
         """The full batches that all make, queue by queue."""
-        return {segment: self._batches_of(segment, queue, 0) for segment, queue in self.waiting.queues.items() if queue}
+        return {
+            segment: self._batches_of(segment, queue, 0) for segment, queue in self.waiting.queues.items() if queue.keys
+        }
 
     def spare_s(self, now_s: float, batches: Iterable[Due] | None = None) -> float:
         """How long a run may take that leaves these batches in time, earliest deadline first; all if none are given."""
         if batches is None:
             batches = chain.from_iterable(self.batches().values())
-        in_order = sorted(batches)
-        if not in_order:
-            return math.inf
-        due_s, took_s = zip(*in_order, strict=True)
-        ready_s = accumulate(took_s, initial=now_s + self._offer.careful_reserve_s)
-        next(ready_s)
-        spare_s: float = min(map(sub, due_s, ready_s))
+        ready_s, spare_s = now_s + self._offer.careful_reserve_s, math.inf
+        for due_s, took_s in sorted(batches):
+            ready_s += took_s
+            spare_s = min(spare_s, due_s - ready_s)
         return spare_s
 
     def cheap_rows(self) -> int:
@@ -85,11 +82,12 @@ class FirstAnswers:
 
     def set_aside(self, now_s: float, decision: Decision) -> None:
         """Rows that are too late make room for those that are not."""
-        while self.late and self.late[0].deadline_s <= now_s:
+        while self.late.items and self.late.items[0].deadline_s <= now_s:
             decision.expired.extend(self.late.take_places([0]))
         latency_s, start_s = self._offer.profile.latency_s, now_s + self._offer.reserve_s
-        for row in self._due.before((start_s + latency_s(self._slowest, 1),)):
+        for row in self._due.take_before((start_s + latency_s(self._slowest, 1),)):
             if row.deadline_s >= start_s + latency_s(row.rest, 1):
+                self._due.add((row.deadline_s, row.order), row)
                 continue
             take_out(row)
             if not row.at and row.deadline_s <= now_s:
@@ -103,7 +101,7 @@ class FirstAnswers:
 
     def take(self, now_s: float, batches: dict[Segment, list[Due]]) -> tuple[list[Row], Segment, float]:
         """The most urgent queue's next batch, and how long it may take so that all others of `batches` are in time."""
-        segment = min(batches, key=lambda each: self.waiting.queues[each].key(0))
+        segment = min(batches, key=lambda each: self.waiting.queues[each].keys[0])
         queue = self.waiting.queues[segment]
         others = sorted(batch for other, of_other in batches.items() if other != segment for batch in of_other)
         rows = queue.take_places(self._places(segment, queue, now_s, others))
@@ -111,23 +109,24 @@ class FirstAnswers:
 
     def take_late(self, limit_s: float) -> tuple[list[Row], Segment] | None:
         """Some of those that are too late, in a run of at most `limit_s` or of one."""
-        if not self.late:
+        if not self.late.items:
             return None
-        target, segment = self.late[0].target, self.late[0].rest  # none has begun
+        target, segment = self.late.items[0].target, self.late.items[0].rest  # none has begun
         most = self._offer.profile.most_rows(segment, limit_s) or 1
-        places = islice((place for place, row in enumerate(self.late) if row.target == target), most)
+        places = islice((place for place, row in enumerate(self.late.items) if row.target == target), most)
         return self.late.take_places(places), segment
 
     def _batches_of(self, segment: Segment, queue: Waiting, start: int) -> list[Due]:
         """The full batches of one queue from this place on. What the first row of a batch needs, all get."""
         profile = self._offer.profile
-        whole, rest = divmod(len(queue) - start, profile.max_batch)
+        keys = queue.keys
+        whole, rest = divmod(len(keys) - start, profile.max_batch)
         batches: list[Due] = []
         if whole > 0:
             took_s = profile.latency_s(segment, profile.max_batch)
-            batches = [(due_s, took_s) for due_s, *_ in queue.keys(start, profile.max_batch)[:whole]]
+            batches = [(key[0], took_s) for key in keys[start :: profile.max_batch][:whole]]
         if rest > 0:
-            batches.append((queue.key(len(queue) - rest)[0], profile.latency_s(segment, rest)))
+            batches.append((keys[-rest][0], profile.latency_s(segment, rest)))
         return batches
 
     def _places(self, segment: Segment, queue: Waiting, now_s: float, others: Sequence[Due]) -> list[int]:
@@ -136,8 +135,8 @@ class FirstAnswers:
         # Those that are due and still here have no deadline to keep (`set_aside`). They waited long enough.
         due = queue.below((start_s + latency_s(segment, 1),))
         best, places = 0.0, [0]
-        for size in reversed(self._offer.profile.parts.batches):
-            rows = min(size, len(queue))
+        smaller = [size for size in self._offer.profile.parts.batches if size < len(queue)]
+        for rows in reversed((*smaller, min(len(queue), self._offer.profile.max_batch))):
             took_s = latency_s(segment, rows)
             patient = min(due, rows)
             first = max(patient, queue.below((start_s + took_s,)))

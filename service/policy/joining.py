@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from itertools import islice
 
 from service.policy.state import Row
@@ -34,18 +35,18 @@ def join(
         room = profile.max_batch - len(rows)
         if room <= 0:
             break
-        if not queue or other.embed != segment.embed or other.nodes[0] != segment.nodes[0]:
+        if not queue.items or other.embed != segment.embed or other.nodes[0] != segment.nodes[0]:
             continue
         common = _common(segment, other)
-        took_s = profile.latency_s(common, len(rows) + min(room, len(queue)))
+        took_s = profile.latency_s(common, len(rows) + min(room, len(queue.items)))
         rest_s = 0.0
         if common != whole:
             rest_s = profile.latency_s(Segment(whole.nodes[len(common.nodes) :], embed=False), len(rows))
         if took_s > limit_s or earliest_s < start_s + took_s + rest_s:
             continue
-        if took_s > spare_s and queue[0].answered is not None:  # first answers have to run anyway
+        if took_s > spare_s and queue.items[0].answered is not None:  # first answers have to run anyway
             continue
-        in_time = (place for place, row in enumerate(queue) if row.deadline_s >= start_s + took_s)
+        in_time = (place for place, row in enumerate(queue.items) if row.deadline_s >= start_s + took_s)
         joining = queue.take_places(islice(in_time, room))
         if joining:
             segment = common
@@ -69,6 +70,7 @@ def _cut(
     return segment
 
 
+@cache  # of two parts of a model's paths
 def _common(one: Segment, other: Segment) -> Segment:
     """The blocks that both begin with."""
     count = 0

@@ -76,14 +76,14 @@ class LadderEdf:
 
     def finished(self, batch: Batch, confidences: Sequence[float], now_s: float) -> None:
         """See `Policy`."""
-        segment = batch.segment
+        segment, quantum_s, reserve_s = batch.segment, self._quantum_s(), self._offer.careful_reserve_s
         options = {}
         for row, confidence in zip(batch.rows, confidences, strict=True):
             if row.gone:
                 continue
             row.at = segment.nodes if segment.embed else row.at + segment.nodes
             if row.at != row.target:
-                self._wait(row, now_s)
+                self._wait(row, now_s, quantum_s, reserve_s)
                 continue
             row.answered, row.confidence = row.target, confidence
             stopped_by = self._stops(row)
@@ -92,12 +92,12 @@ class LadderEdf:
                     following = self._offer.after(row.answered)
                 else:
                     if row.answered not in options:
-                        options[row.answered] = self._price.options(row.answered, self._quantum_s())
-                    left_s = row.deadline_s - now_s - self._offer.careful_reserve_s
+                        options[row.answered] = self._price.options(row.answered, quantum_s)
+                    left_s = row.deadline_s - now_s - reserve_s
                     _, following = self._price.best(options[row.answered], 1 - confidence, left_s)
                 if following is not None:
                     row.target = following
-                    self._wait(row, now_s)
+                    self._wait(row, now_s, quantum_s, reserve_s)
                     continue
                 worth_it = self._price.best(options[row.answered], 1 - confidence)[1] is not None
                 stopped_by = "budget" if worth_it else "load"
@@ -120,7 +120,7 @@ class LadderEdf:
             return decision
         decision.batch = Batch.of(*chosen, self._offer)
         # Who could not go deeper after this run need not wait for its end.
-        self._give_up(now_s + decision.batch.expected_s, now_s, decision)
+        self._give_up(now_s + decision.batch.expected_s, decision)
         return decision
 
     def settle(self, now_s: float, until_s: float) -> Decision:
@@ -129,7 +129,7 @@ class LadderEdf:
         self._done = []
         self._first.waiting.drop_empty()
         self._deeper.waiting.drop_empty()
-        self._give_up(until_s, now_s, decision)
+        self._give_up(until_s, decision)
         self._first.set_aside(now_s, decision)
         self._deeper.let_go(decision)
         return decision
@@ -198,26 +198,25 @@ class LadderEdf:
             return wish.asked_as
         return "complete" if row.answered == self._offer.reference else None
 
-    def _wait(self, row: Row, now_s: float) -> None:
-        """Let a row wait for what it wants next, or answer it if there is no time for that."""
+    def _wait(self, row: Row, now_s: float, quantum_s: float, reserve_s: float) -> None:
+        """Let a row wait for what it wants next, or answer it if there is no time for that in runs of `quantum_s`."""
         patient = row.wish.deadline_s is None
         until_s = row.patient_until_s
         if row.answered is None or (patient and row.wish.exit_at is not None and now_s >= until_s):
             self._first.add(row)  # if it has an answer, it has a wish and waited long enough: as urgent as the others
             return
         if not patient:
-            longest_s = self._offer.in_pieces_s(row.rest, self._quantum_s())
-            until_s = row.deadline_s - self._offer.careful_reserve_s - longest_s
+            until_s = row.deadline_s - reserve_s - self._offer.in_pieces_s(row.rest, quantum_s)
             if until_s < now_s:
                 self._done.append((row, "budget"))
                 return
         self._deeper.add(row, until_s)
 
-    def _give_up(self, until_s: float, now_s: float, decision: Decision) -> None:
+    def _give_up(self, until_s: float, decision: Decision) -> None:
         """Answer rows whose next step would be too late at `until_s`; a patient row with a wish gets urgent instead."""
         for row in self._deeper.take_late(until_s):
             if row.wish.exit_at is not None and row.wish.deadline_s is None:
-                self._wait(row, max(now_s, row.patient_until_s))
+                self._first.add(row)
             else:
                 self._deeper.answer(row, decision)
 

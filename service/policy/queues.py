@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -11,45 +11,31 @@ Key = tuple[Any, ...]
 
 
 class SortedQueue(Generic[Item]):
-    """Items by a key, least first. Keys are tuples of one form, each different from all others here."""
+    """Items by a key, least first. Keys are tuples of one form, each different from all others here.
 
-    __slots__ = ("_items", "_keys")
+    Attributes:
+        keys, items: in the same order, to be read (which is done very often) and not to be changed.
+    """
+
+    __slots__ = ("items", "keys")
 
     def __init__(self) -> None:
-        self._keys: list[Key] = []
-        self._items: list[Item] = []  # in the same order
+        self.keys: list[Key] = []
+        self.items: list[Item] = []
 
     def __len__(self) -> int:
-        return len(self._keys)
-
-    def __iter__(self) -> Iterator[Item]:
-        return iter(self._items)
-
-    def __getitem__(self, index: int) -> Item:
-        return self._items[index]
-
-    def key(self, index: int) -> Key:
-        """The key of the item at `index`."""
-        return self._keys[index]
-
-    def keys(self, start: int, step: int) -> list[Key]:
-        """The keys of every `step`th item from `start` on."""
-        return self._keys[start::step]
-
-    def before(self, key: Key) -> list[Item]:
-        """The items with a smaller key."""
-        return self._items[: self.below(key)]
+        return len(self.keys)
 
     def add(self, key: Key, item: Item) -> None:
         """Into its place."""
-        keys = self._keys
+        keys = self.keys
         place = len(keys) if not keys or keys[-1] < key else bisect_left(keys, key)  # mostly: budgets are much alike
         keys.insert(place, key)
-        self._items.insert(place, item)
+        self.items.insert(place, item)
 
     def below(self, key: Key) -> int:
         """How many items have a smaller key."""
-        return bisect_left(self._keys, key)
+        return bisect_left(self.keys, key)
 
     def remove(self, key: Key) -> Item:
         """Take the item with this key out.
@@ -58,15 +44,20 @@ class SortedQueue(Generic[Item]):
             KeyError: there is none.
         """
         index = self.below(key)
-        if index == len(self._keys) or self._keys[index] != key:
+        if index == len(self.keys) or self.keys[index] != key:
             raise KeyError(key)
-        del self._keys[index]
-        return self._items.pop(index)
+        del self.keys[index]
+        return self.items.pop(index)
 
     def take_places(self, places: Iterable[int]) -> list[Item]:
         """Take the items of these rising places out."""
         wanted = list(places)
-        taken = [self._items[place] for place in wanted]
+        if wanted and wanted[-1] - wanted[0] == len(wanted) - 1:
+            together = slice(wanted[0], wanted[-1] + 1)
+            taken = self.items[together]
+            del self.keys[together], self.items[together]
+            return taken
+        taken = [self.items[place] for place in wanted]
         for place in reversed(wanted):
-            del self._keys[place], self._items[place]
+            del self.keys[place], self.items[place]
         return taken

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from family.choice import climb, pareto_front
 from family.manifest import Manifest
@@ -102,6 +102,9 @@ def segment_between(before: Path, target: Path) -> Segment:
     return Segment(target, embed=True)
 
 
+Place: TypeAlias = "tuple[SortedQueue[Row], Key]"
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """One input that waits or runs. Who uses a policy makes these (of a class of their own, if they need more fields)
@@ -112,7 +115,7 @@ class Row:
         answered: the path of its latest answer, which has this `confidence`.
         target: the path that it is on the way to.
         place: the queue where it waits, and its key there; none while it runs.
-        noted: other orders that it is in while it waits, and its keys there.
+        deadline_s: when its budget ends; infinity without one.
     """
 
     wish: Wish
@@ -122,14 +125,12 @@ class Row:
     answered: Path | None = None
     confidence: float = 0.0
     target: Path = ()
-    place: tuple[SortedQueue[Row], Key] | None = None
-    noted: tuple[tuple[SortedQueue[Row], Key], ...] = ()
+    place: Place | None = None
     gone: bool = False
+    deadline_s: float = field(init=False)
 
-    @property
-    def deadline_s(self) -> float:
-        """When its budget ends; infinity without one."""
-        return math.inf if self.wish.deadline_s is None else self.wish.deadline_s
+    def __post_init__(self) -> None:
+        self.deadline_s = math.inf if self.wish.deadline_s is None else self.wish.deadline_s
 
     @property
     def patient_until_s(self) -> float:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from heapq import heapify, heappop, heappush
+from itertools import count
 
 from service.policy.queues import Key, SortedQueue
-from service.policy.state import Row
+from service.policy.state import Place, Row
 from service.profile import Segment
+
+_FEW = 64  # entries that are not worth tidying up
 
 
 class Waiting(SortedQueue[Row]):
-    """Rows by a key, least first. `Row.place` is kept up to date, and a row that leaves is in no other order any more."""
+    """Rows by a key, least first. `Row.place` is kept up to date."""
 
     __slots__ = ("_group",)
 
@@ -27,22 +31,17 @@ class Waiting(SortedQueue[Row]):
     def remove(self, key: Key) -> Row:
         """See `SortedQueue`."""
         row = super().remove(key)
-        self._left([row])
+        row.place = None
+        self._group.rows -= 1
         return row
 
     def take_places(self, places: Iterable[int]) -> list[Row]:
         """See `SortedQueue`."""
         rows = super().take_places(places)
-        self._left(rows)
-        return rows
-
-    def _left(self, rows: list[Row]) -> None:
-        self._group.rows -= len(rows)
         for row in rows:
             row.place = None
-            for order, key in row.noted:
-                order.remove(key)
-            row.noted = ()
+        self._group.rows -= len(rows)
+        return rows
 
 
 class Group:
@@ -64,8 +63,53 @@ class Group:
 
     def drop_empty(self) -> None:
         """Forget the queues in which nobody waits any more."""
-        for segment in [segment for segment, queue in self.queues.items() if not queue]:
+        for segment in [segment for segment, queue in self.queues.items() if not queue.items]:
             del self.queues[segment]
+
+
+class Reminders:
+    """Waiting rows by another key, least first, each for as long as it waits where it did when it was added.
+
+    A heap. To leave costs a row nothing: what is here of it is dropped when it comes up, or when there is too much of that.
+    """
+
+    __slots__ = ("_entries", "_most", "_numbers")
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Key, int, Row, Place | None]] = []
+        self._numbers = count()  # so that rows are never compared
+        self._most = _FEW
+
+    def __len__(self) -> int:
+        """Of rows that left, too, as long as these are here."""
+        return len(self._entries)
+
+    def add(self, key: Key, row: Row) -> None:
+        """Remember a row that waits."""
+        heappush(self._entries, (key, next(self._numbers), row, row.place))
+        if len(self._entries) > self._most:
+            self._entries = [entry for entry in self._entries if entry[2].place is entry[3]]
+            heapify(self._entries)
+            self._most = max(_FEW, 2 * len(self._entries))
+
+    def first(self) -> tuple[Key, Row] | None:
+        """The least key of a row that still waits, and the row."""
+        entries = self._entries
+        while entries:
+            key, _, row, place = entries[0]
+            if row.place is place:
+                return key, row
+            heappop(entries)
+        return None
+
+    def take_before(self, key: Key) -> list[Row]:
+        """Forget the rows with a smaller key, and name them in order."""
+        entries, taken = self._entries, []
+        while entries and entries[0][0] < key:
+            _, _, row, place = heappop(entries)
+            if row.place is place:
+                taken.append(row)
+        return taken
 
 
 def take_out(row: Row) -> None:
@@ -73,9 +117,3 @@ def take_out(row: Row) -> None:
     assert row.place is not None
     queue, key = row.place
     queue.remove(key)
-
-
-def note(row: Row, order: SortedQueue[Row], key: Key) -> None:
-    """Into another order, for as long as it waits where it does."""
-    order.add(key, row)
-    row.noted = (*row.noted, (order, key))
