@@ -121,17 +121,21 @@ def roll(cell: nn.Module, h: Tensor, blocks: Tensor) -> Tensor:
     return h
 
 
-def tree_step(model: TreeRnn, x: Tensor, y: Tensor, *, sweeps: int = 0) -> Tensor:
+def tree_step(model: TreeRnn, x: Tensor, y: Tensor, *, sweeps: int = 0, weight: float = 1.0) -> Tensor:
     """One batch of local learning, forward and backward, level by level from the root; returns the loss, detached.
 
     A node's loss is `CE(head(b), y)` if its right parent is N, else `1/2 ||b - stop_grad(h_right)||^2`, with
     `b = f_k(a, x[n:right])` and `a = f_k(stop_grad(h_left), x[left:n])`: summed over features and nodes, a mean over rows.
     It reaches the cell of its level and, if the right parent is N, the head, and nothing else.
 
+    A level has one node that learns the label and up to `N/2 - 1` that learn states, each in all its features: with weight
+    1, as published, the label's share of a fine level's loss is small.
+
     Args:
         x: `(rows, N, inputs) float32`.
         y: labels `(rows,) int64`.
         sweeps: K of the consistency loss (`consistency_loss`), 0 for none.
+        weight: of the losses whose target is a state, the consistency loss among them.
     """
     n, rows = model.tree.n, len(y)
     states = x.new_zeros(n, rows, model.width)  # h_0 .. h_{N-1}, detached
@@ -142,12 +146,12 @@ def tree_step(model: TreeRnn, x: Tensor, y: Tensor, *, sweeps: int = 0) -> Tenso
         b = cell(a, blocks[1::2])
         loss = F.cross_entropy(model.head(b[-1]), y)
         if len(b) > 1:
-            loss = loss + 0.5 * F.mse_loss(b[:-1], states[2 * span :: 2 * span], reduction="sum") / rows
+            loss = loss + weight * 0.5 * F.mse_loss(b[:-1], states[2 * span :: 2 * span], reduction="sum") / rows
         loss.backward()
         total += loss.detach()
         states[span :: 2 * span] = a.detach()
     if sweeps:
-        loss = consistency_loss(model, x, states, sweeps)
+        loss = weight * consistency_loss(model, x, states, sweeps)
         loss.backward()
         total += loss.detach()
     return total
