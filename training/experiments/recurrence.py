@@ -152,9 +152,10 @@ def table6(scale: Scale, folder: Path | None) -> Experiment:
             "seq: the cell of level 0 rolled over all N = 2^D steps, which is what would be deployed. tree: the ladder's "
             "cells N/2, 3N/4, ..., N-1, N; first rung: N/2 and N alone. BPTT: the same cell, written out, trained through "
             "time.",
-            f"Weight {WEIGHT:g}: of all losses whose target is a state; the paper has 1. A level has one node that learns the "
-            "label, and at weight 1 it is little heard of beside those that learn states, in all features. Chosen with seed 0, "
-            "between 1 and 1/128 (a mean over features): the smaller, the better the tree, and the worse the chain at D = 5.",
+            f"Weight {WEIGHT:g}: of all losses whose target is a state; the paper has 1. A level has one node that learns "
+            "the label, and at weight 1 it is little heard of beside those that learn states, in all features. Chosen with "
+            "seed 0, between 1 and 1/128 (a mean over features): the smaller, the better the tree, and the worse the chain "
+            "at D = 5.",
             "K = 4 consistency sweeps for the GRU, none for the Elman cell. A step reads ceil(784 / N) pixels, so our "
             "shorter sequences have more pixels a step than the paper's.",
             "Guessed: one cell for each level, used at all its positions; latent losses 1/2 the squared norm, summed over "
