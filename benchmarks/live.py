@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,20 @@ class Server:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def free_port() -> int:
+    """One that nobody listens at just now, and below those from which the system gives one to every connection that a
+    client makes: it might be gone before the server that it is for takes it."""
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 100):  # processes side by side choose others
+        with socket.socket() as candidate, suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("of a hundred ports on 127.0.0.1 none is free")
+
+
 @contextmanager
 def serve(models: Path, policy: str, module: str = "hbll", **settings: str) -> Iterator[Server]:
     """Start a server and wait until it is ready; end it with SIGTERM, if it has not ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HBLL_")}
     environment |= {"HBLL_POLICY": policy, "HBLL_THREADS": "1", "HBLL_MAX_QUEUE_ROWS": "4096", **settings}
     environment |= {"HBLL_MAX_CONNECTIONS": "100000"}  # an overload is to wait in the queue

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.live import Server, serve
+from benchmarks.live import Server, free_port, serve
 from family.manifest import load_manifest
 from family.tree import format_path
 
@@ -126,9 +125,7 @@ async def _closed_loop(asked: Asked, clients: int, seconds: float) -> int:
 
 @contextmanager
 def _serve_bare(bundle: Path) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "uvicorn", "--factory", "benchmarks.bare:create_app", "--no-access-log"]
     process = subprocess.Popen(
         [*command, "--port", str(port), "--log-level", "warning"], env=os.environ | {"BUNDLE": str(bundle)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, settings
 
+from benchmarks.live import free_port
 from export.bundle import export_bundle
 from family.manifest import Manifest, load_manifest
 from training.checkpoint import load_family, load_origin
@@ -96,13 +96,6 @@ def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     yield live
     if live.process.poll() is None:
         live.stop()
-
-
-def free_port() -> int:
-    """One that nobody listens at just now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start_server(

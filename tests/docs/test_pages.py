@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import LiveServer, Trained, free_port
+from benchmarks.live import free_port
+from tests.conftest import LiveServer, Trained
 from tests.docs.page import Block, read_blocks, run_page
 from training.dataset import Dataset
 

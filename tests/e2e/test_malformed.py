@@ -11,7 +11,8 @@ import grpc
 import httpx
 import pytest
 
-from tests.conftest import LiveServer, Trained, free_port, start_server
+from benchmarks.live import free_port
+from tests.conftest import LiveServer, Trained, start_server
 from tests.contract import test_errors as native
 from tests.contract import test_grpc_errors as rpc
 from tests.contract import test_oip_errors as oip

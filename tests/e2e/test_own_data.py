@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.live import free_port
 from family.manifest import load_manifest
-from tests.conftest import free_port
 from tests.docs.page import Block, read_blocks, walked
 
 PAGE = Path(__file__).parents[2] / "docs" / "train.md"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.live import free_port
 from family.tree import Tree
 from training.checkpoint import CHECKPOINT_FILE, load_family
 from training.config import ConfigError, MlpConfig, ResMlpConfig, RunConfig, TrainConfig, dump_config
@@ -38,10 +38,7 @@ THIN = _config("hbll", 2, 11)
 
 def _start(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
     """The ranks of a team, told who they are as a launcher would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    team = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    team = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [_process(*arguments, environment=team | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(size)]
 
 
