@@ -6,6 +6,7 @@ It logs no bodies, no queries, no headers and of API keys the name.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import re
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.answers import Answer
+from service.errors import NotReady
 from service.keyring import Key
 from service.logs import ACCESS_LOGGER, request_id
 from service.responses import error_response, on_unknown_error
@@ -73,6 +75,11 @@ class Access:
             return
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server ends, and has waited for this request as long as it may
+            if started:
+                raise
+            refused = NotReady("the server is shutting down, and this took longer than it waits")
+            await error_response(refused, scope)(scope, receive, send_with_id)
         except Exception as exc:
             if started:  # the server logs it and cuts the connection: that is all that can be said now
                 raise

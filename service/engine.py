@@ -135,18 +135,23 @@ class Engine:
         return self._drift.get(model)
 
     async def stop(self) -> None:
-        """Take no more requests, deliver the batch that runs and whatever has an answer, refuse the rest."""
+        """Take no more requests, deliver the batch that runs and whatever has an answer, refuse the rest. A run that hangs
+        is not waited for any longer than it takes to say that it does."""
         self._stopping.set()
         self._happened.set()
         if self._tasks:
             running, watching = self._tasks
+            while not running.done() and not self._hangs():
+                await asyncio.wait([running], timeout=self.hung_s / 4)
+            if not running.done():
+                logger.error("a run hangs: the server ends without it")
+                running.cancel()
             watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
-            await running
+            await asyncio.gather(watching, running, return_exceptions=True)
         self._deliver(self._dispatch.settle())
         self._fail_all(NotReady("the server is shutting down"))
         if self._worker is not None:
-            await asyncio.to_thread(self._worker.stop)
+            await asyncio.to_thread(self._worker.stop, self.hung_s if self._dispatch.running is None else 0)
 
     def require_room(self, rows: int) -> None:
         """Check that `rows` more may wait now, before work is put into decoding them.

@@ -44,11 +44,11 @@ class Worker:
         self._jobs.put((job, future))
         return future
 
-    def stop(self) -> None:
-        """End the thread after the jobs that it has. Waits for it."""
+    def stop(self, patience_s: float) -> None:
+        """End the thread after the jobs that it has. Waits for it, at most so long: the process does not."""
         self._stopped = True
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(patience_s)
 
     def _start(self) -> None:
         self._jobs: _Jobs = SimpleQueue()

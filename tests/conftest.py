@@ -104,12 +104,13 @@ def start_server(
     settings: dict[str, str] | None = None,
     until: str = "ready",
     trust: ssl.SSLContext | None = None,
+    module: str = "hbll",
 ) -> LiveServer:
     """Start `hbll serve` on a free port and wait until it says that it is ready (or live); by TLS if there is `trust`."""
     port = free_port()
     log = folder / "server.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HBLL_")}
-    command = [sys.executable, "-m", "hbll", "serve", str(models), "--port", str(port)]
+    command = [sys.executable, "-m", module, "serve", str(models), "--port", str(port)]
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment | (settings or {})

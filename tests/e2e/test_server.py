@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -121,6 +122,23 @@ def test_sigterm_does_not_wait_for_ever_for_a_client_that_holds_half_a_body(trai
         assert httpx.get(f"{server.url}/health/live").status_code == 200  # so the half request has been read before
         server.process.send_signal(signal.SIGTERM)
         server.process.wait(timeout=30)
+
+
+def test_sigterm_does_not_wait_for_ever_for_a_run_that_hangs(trained: Trained, tmp_path: Path) -> None:
+    """It did, and clients got no answer."""
+    server = start_server(trained.models, tmp_path, {"HBLL_DRAIN_S": "1"}, module="benchmarks.faulty")
+    server.process.send_signal(signal.SIGUSR2)
+    with ThreadPoolExecutor() as pool:
+        stuck = pool.submit(httpx.post, f"{server.url}/v1/models/digits/predict", json={"inputs": [GOOD]}, timeout=60)
+        while httpx.get(f"{server.url}/health/ready").status_code == 200:
+            time.sleep(0.1)  # another process, which has no other way to tell us
+        server.process.send_signal(signal.SIGTERM)
+        assert stuck.result().status_code == 503
+        assert stuck.result().json()["code"] == "not_ready"
+    assert server.process.wait(timeout=60) == 0
+    log = server.log.read_text()
+    assert "a run hangs: the server ends without it" in log
+    assert "Traceback" not in log
 
 
 def test_tight_limits_do_not_keep_a_server_from_becoming_ready(trained: Trained, tmp_path: Path) -> None:

@@ -735,6 +735,24 @@ def test_a_run_that_hangs_makes_the_server_unready_until_it_ends(caplog: pytest.
     run(test)
 
 
+def test_a_run_that_hangs_does_not_keep_the_server_from_ending(caplog: pytest.LogCaptureFixture) -> None:
+    """It once waited for that run, until somebody killed it."""
+
+    async def test() -> None:
+        async with bench(hung_s=0.01) as b:
+            b.runner.go.clear()
+            stuck, waiting = b.ask(0.1, path=(4,)), b.ask(0.1)
+            while b.engine.ready:
+                await asyncio.sleep(0.001)
+            await b.engine.stop()
+            for request in (stuck, waiting):
+                with pytest.raises(NotReady, match="shutting down"):
+                    await request
+            assert "a run hangs: the server ends without it" in caplog.text
+
+    run(test)
+
+
 def test_versions_of_a_model_are_counted_apart() -> None:
     async def test() -> None:
         async with bench() as b:

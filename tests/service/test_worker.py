@@ -46,7 +46,7 @@ def test_results_and_exceptions_come_back_in_order() -> None:
         assert [result for result in results if isinstance(result, int)] == [1, 2, 4, 5, 7, 8]
         assert [type(result) for result in results][::3] == [ZeroDivisionError] * 4
         assert ended == list(range(10))
-        worker.stop()
+        worker.stop(patience_s=30)
 
     run(test)
 
@@ -64,7 +64,7 @@ def test_a_thread_that_dies_in_a_job_fails_its_jobs_and_is_replaced() -> None:
         first.join()
         assert thread_of("mortal") is not first
         assert len(deaths) == 1
-        worker.stop()
+        worker.stop(patience_s=30)
 
     run(test)
 
@@ -77,7 +77,7 @@ def test_a_thread_that_is_killed_between_jobs_is_replaced_at_the_next() -> None:
         with pytest.raises(WorkerDied):
             await worker.run(lambda: 2)
         assert await worker.run(lambda: 3) == 3
-        worker.stop()
+        worker.stop(patience_s=30)
 
     run(test)
 
@@ -91,7 +91,7 @@ def test_a_job_whose_waiter_has_gone_disturbs_nobody() -> None:
         after = worker.run(lambda: 2)
         go.set()
         assert await after == 2
-        worker.stop()
+        worker.stop(patience_s=30)
 
     run(test)
 
@@ -109,7 +109,7 @@ def test_an_idle_thread_holds_on_to_no_job() -> None:
         await worker.run(lambda held=held: bool(held))
         del held
         await asyncio.to_thread(kept_by_nobody, watch)
-        worker.stop()
+        worker.stop(patience_s=30)
 
     def kept_by_nobody(watch: weakref.ref[Held]) -> None:
         done = threading.Event()
@@ -127,12 +127,12 @@ def test_stop_ends_the_thread_even_if_it_has_just_died(dead: bool) -> None:
         if dead:
             doomed = worker.run(die)
             thread_of("stopped").join()
-            worker.stop()
+            worker.stop(patience_s=30)
             with pytest.raises(WorkerDied):
                 await doomed
         else:
             last = worker.run(lambda: 1)
-            await asyncio.to_thread(worker.stop)
+            await asyncio.to_thread(worker.stop, 30)
             assert await last == 1
         assert not [thread for thread in threading.enumerate() if thread.name == "stopped"]
 
