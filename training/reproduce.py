@@ -67,7 +67,7 @@ def reproduce(
     \b
     Scales:
       smoke  does everything work; the figures mean nothing
-      small  51 core-minutes for all (--jobs 2 takes two cores), on embedded data, which are not the paper's
+      small  57 core-minutes for all (--jobs 2 takes two cores), on embedded data, which are not the paper's
       paper  the published settings, on the published files in --data: MNIST for table1 and table6, CIFAR-10 for table3 and
              table7, CIFAR-100 for table8, WikiText-103 (or other text files) for table9
 
