@@ -76,10 +76,10 @@ class Access:
         try:
             await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:  # the server ends, and has waited for this request as long as it may
-            if started:
-                raise
-            refused = NotReady("the server is shutting down, and this took longer than it waits")
-            await error_response(refused, scope)(scope, receive, send_with_id)
+            if not started:
+                refused = NotReady("the server is shutting down, and this took longer than it waits")
+                await error_response(refused, scope)(scope, receive, send_with_id)
+            raise
         except Exception as exc:
             if started:  # the server logs it and cuts the connection: that is all that can be said now
                 raise

