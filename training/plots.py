@@ -70,8 +70,12 @@ def plot_rows(
     title: str,
     quantity: str,
     file: Path,
+    least: float | None = None,
 ) -> None:
-    """A table as a picture: (row, column) -> (mean, standard error), filled; the paper's figures as hollow diamonds."""
+    """A table as a picture: (row, column) -> (mean, standard error), filled; the paper's figures as hollow diamonds.
+
+    What is below `least`, if that is given, is cut off.
+    """
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     figure, axes = plt.subplots(figsize=(max(7, 1.1 * len(rows)), 4.8))
     for index, column in enumerate(columns):
@@ -87,6 +91,7 @@ def plot_rows(
             axes.scatter(x, values, marker="D", s=30, facecolor="none", edgecolor=colour, label=label)
     axes.set_xticks(range(len(rows)), rows, rotation=30, ha="right", fontsize="small")
     axes.set(ylabel=quantity, title=title)
+    axes.set_ylim(bottom=least)
     axes.grid(axis="y", color=QUIET, alpha=0.3)
     axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     write_figure(figure, file)

@@ -77,7 +77,8 @@ class Experiment:
     """A table or figure of the paper at one scale.
 
     `published` are the paper's figures by (row, column), in the unit of `quantity`, or of `published_quantity` if that is
-    another. `stand_in`: the data are not the paper's. `notes` say what was guessed and what differs.
+    another. `stand_in`: the data are not the paper's. `notes` say what was guessed and what differs. The picture shows the
+    columns `plotted` (none: all), from `plotted_from` on (none: all of them whole).
     """
 
     name: str
@@ -91,6 +92,8 @@ class Experiment:
     published_quantity: str = ""
     notes: tuple[str, ...] = ()
     decimals: int = 1
+    plotted: tuple[str, ...] = ()
+    plotted_from: float | None = None
 
 
 def run_trial(trial: Trial, out: Path, on_share: OnShare = lambda _: None) -> Result:

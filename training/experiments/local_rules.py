@@ -331,7 +331,7 @@ def local_rules(scale: Scale) -> Experiment:
         published={},
         notes=(
             "Blocks: test accuracy of the path of that depth that is best on validation data. All paths: their mean. Rise: "
-            "the deepest path's less the shallowest's.",
+            "the deepest path's less the shallowest's. The picture leaves out what is below 86 %.",
             f"Left blocks move: the change of a state by the blocks off the ladder, on the path {full}, in % of its norm. "
             "Where that is near 0 they are the identity, and depth buys nothing.",
             f"Of two rates, {RATES[0]:g} and {RATES[1]:g}, each run has the one with the better validation accuracy. 100 "
@@ -340,4 +340,6 @@ def local_rules(scale: Scale) -> Experiment:
             f"running mean, {_TEACHER_KEEPS:g} of which are kept in a step; left subtrees that begin far from the identity "
             f"have output layers drawn {_INIT_SCALE:g} times as large.",
         ),
+        plotted=tuple(f"{depth} block{'s' * (depth > 1)}" for depth in separate_blocks(Tree(model.hierarchy_depth))),
+        plotted_from=86.0 if scale != "smoke" else None,
     )

@@ -55,7 +55,8 @@ def write_report(
     rows, columns = _rows_and_columns(experiment, results)
     title = f"{experiment.name}, scale {experiment.scale}" + (" (not the paper's data)" if experiment.stand_in else "")
     paper = {} if experiment.published_quantity else experiment.published  # one axis has one unit
-    plot_rows(rows, columns, ours, paper, title, experiment.quantity, out / f"{experiment.name}.png")
+    shown, least = experiment.plotted or columns, experiment.plotted_from
+    plot_rows(rows, shown, ours, paper, title, experiment.quantity, out / f"{experiment.name}.png", least)
     return text
 
 
