@@ -135,8 +135,8 @@ class FirstAnswers:
         # Those that are due and still here have no deadline to keep (`set_aside`). They waited long enough.
         due = queue.below((start_s + latency_s(segment, 1),))
         best, places = 0.0, [0]
-        smaller = [size for size in self._offer.profile.parts.batches if size < len(queue)]
-        for rows in reversed((*smaller, min(len(queue), self._offer.profile.max_batch))):
+        most = min(len(queue), self._offer.profile.max_batch)
+        for rows in (most, *(size for size in reversed(self._offer.profile.parts.batches) if size < most)):
             took_s = latency_s(segment, rows)
             patient = min(due, rows)
             first = max(patient, queue.below((start_s + took_s,)))

@@ -14,6 +14,7 @@ import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as FilePath
 
 import numpy as np
@@ -189,6 +190,10 @@ def _hbll(learner: Learner, x: Tensor, y: Tensor, _: np.random.Generator) -> Ten
     return tree_step(learner, x, y)
 
 
+def _cut(title: str, *, every: int, distilled: bool = False) -> Rule:
+    return Rule(title, partial(cut_step, every=every, distilled=distilled), chain_evaluations)
+
+
 RULES: dict[str, Rule] = {
     "hbll": Rule("HBLL", _hbll, hbll_evaluations),
     "hbll-more": Rule("HBLL, three times the work", _hbll, hbll_evaluations, work=3),
@@ -207,26 +212,10 @@ RULES: dict[str, Rule] = {
     "overlapping": Rule(
         "chains, the label through the next block", overlapping_step, lambda tree: 2 * chain_evaluations(tree) - 1
     ),
-    "cut-1": Rule(
-        "chains, cut after each block",
-        lambda learner, x, y, rng: cut_step(learner, x, y, rng, every=1),
-        chain_evaluations,
-    ),
-    "cut-1-distilled": Rule(
-        "chains, cut after each block, distilled",
-        lambda learner, x, y, rng: cut_step(learner, x, y, rng, every=1, distilled=True),
-        chain_evaluations,
-    ),
-    "cut-2": Rule(
-        "chains, cut after two blocks",
-        lambda learner, x, y, rng: cut_step(learner, x, y, rng, every=2),
-        chain_evaluations,
-    ),
-    "cut-2-distilled": Rule(
-        "chains, cut after two blocks, distilled",
-        lambda learner, x, y, rng: cut_step(learner, x, y, rng, every=2, distilled=True),
-        chain_evaluations,
-    ),
+    "cut-1": _cut("chains, cut after each block", every=1),
+    "cut-1-distilled": _cut("chains, cut after each block, distilled", every=1, distilled=True),
+    "cut-2": _cut("chains, cut after two blocks", every=2),
+    "cut-2-distilled": _cut("chains, cut after two blocks, distilled", every=2, distilled=True),
     "chains": Rule(
         "`chains`: not local, for comparison",
         lambda learner, x, y, rng: chain_step(learner.family, sample_chain(learner.family.tree, rng), x, y).loss,
