@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from heapq import merge
+from itertools import islice
 from typing import NamedTuple
 
 from service.policy.price import Price
@@ -37,7 +40,7 @@ class DeeperWork:
         self._most_rows = _MOST_BATCHES * offer.profile.max_batch
         self.waiting = Group()
         self._until = Reminders()  # by when it is too late for them
-        self._gains = Reminders()  # those without a wish, by what they would gain
+        self._may_let_go = False  # whether some may be without a wish
 
     def add(self, row: Row, until_s: float) -> None:
         """A row that has an answer waits for a better one, for which it is too late after `until_s`."""
@@ -46,7 +49,7 @@ class DeeperWork:
         self.waiting.add((-gain, row.order), row)
         self._until.add((math.nextafter(until_s, math.inf), row.order), row)
         if row.wish.exit_at is None:
-            self._gains.add((gain, -row.order), row)
+            self._may_let_go = True
 
     def wake_s(self) -> float:
         """From when on it is too late for some row; infinity for never."""
@@ -70,8 +73,13 @@ class DeeperWork:
     def let_go(self, decision: Decision) -> None:
         """Answer those who would gain least, where so many wait for a better answer that most wait in vain: they would
         fill the queue, and others be refused any."""
-        while self.waiting.rows > self._most_rows and (least := self._gains.first()):
-            _, row = least
+        too_many = self.waiting.rows - self._most_rows
+        if too_many <= 0 or not self._may_let_go:
+            return
+        least_first = merge(*(_without_wish(queue) for queue in self.waiting.queues.values()))
+        least = [row for _, _, row in islice(least_first, too_many)]
+        self._may_let_go = len(least) == too_many
+        for row in least:
             take_out(row)
             self.answer(row, decision)
 
@@ -104,3 +112,10 @@ class DeeperWork:
             if best_count:
                 best = BestBatch(best_rate, segment, queue, places, best_count, limit_s)
         return best
+
+
+def _without_wish(queue: Waiting) -> Iterator[tuple[float, int, Row]]:
+    """The rows of a queue that nobody asked to go deeper, by what they would gain, least first."""
+    for key, row in zip(reversed(queue.keys), reversed(queue.items), strict=True):
+        if row.wish.exit_at is None:
+            yield -key[0], -row.order, row

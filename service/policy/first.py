@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain, islice
 
+from service.policy.agenda import Agenda, Due
 from service.policy.state import Decision, Offer, Row, segment_between
 from service.policy.waiting import Group, Reminders, Waiting, take_out
 from service.profile import Segment
 
 _CHEAP = 1.25  # how much more of the device's time a row of a cheap batch takes than one of the largest
-
-Due = tuple[float, float]
-"""When a batch is due, and how long it takes."""
+_NOTHING = Agenda(())
 
 
 class FirstAnswers:
@@ -47,19 +45,18 @@ class FirstAnswers:
 
     def batches(self) -> dict[Segment, list[Due]]:
         """The full batches that all make, queue by queue."""
-        return {
-            segment: self._batches_of(segment, queue, 0) for segment, queue in self.waiting.queues.items() if queue.keys
-        }
+        latency_s, most = self._offer.profile.latency_s, self._offer.profile.max_batch
+        batches: dict[Segment, list[Due]] = {}
+        for segment, queue in self.waiting.queues.items():
+            if 0 < (rows := len(queue.keys)) <= most:  # mostly
+                batches[segment] = [(queue.keys[0][0], latency_s(segment, rows))]
+            elif rows:
+                batches[segment] = self._batches_of(segment, queue, 0)
+        return batches
 
-    def spare_s(self, now_s: float, batches: Iterable[Due] | None = None) -> float:
-        """How long a run may take that leaves these batches in time, earliest deadline first; all if none are given."""
-        if batches is None:
-            batches = chain.from_iterable(self.batches().values())
-        ready_s, spare_s = now_s + self._offer.careful_reserve_s, math.inf
-        for due_s, took_s in sorted(batches):
-            ready_s += took_s
-            spare_s = min(spare_s, due_s - ready_s)
-        return spare_s
+    def spare_s(self, now_s: float, batches: Iterable[list[Due]]) -> float:
+        """How long a run may take that leaves these batches in time, earliest deadline first."""
+        return _NOTHING.spare_s(now_s + self._offer.careful_reserve_s, sorted(chain.from_iterable(batches)))
 
     def cheap_rows(self) -> int:
         """From how many rows on their batch is cheap."""
@@ -103,9 +100,10 @@ class FirstAnswers:
         """The most urgent queue's next batch, and how long it may take so that all others of `batches` are in time."""
         segment = min(batches, key=lambda each: self.waiting.queues[each].keys[0])
         queue = self.waiting.queues[segment]
-        others = sorted(batch for other, of_other in batches.items() if other != segment for batch in of_other)
-        rows = queue.take_places(self._places(segment, queue, now_s, others))
-        return rows, segment, self.spare_s(now_s, (*others, *self._batches_of(segment, queue, 0)))
+        others = Agenda(chain.from_iterable(batch for other, batch in batches.items() if other is not segment))
+        ready_s = now_s + self._offer.careful_reserve_s
+        rows = queue.take_places(self._places(segment, queue, now_s, ready_s, others))
+        return rows, segment, others.spare_s(ready_s, self._batches_of(segment, queue, 0))
 
     def take_late(self, limit_s: float) -> tuple[list[Row], Segment] | None:
         """Some of those that are too late, in a run of at most `limit_s` or of one."""
@@ -129,8 +127,8 @@ class FirstAnswers:
             batches.append((keys[-rest][0], profile.latency_s(segment, rest)))
         return batches
 
-    def _places(self, segment: Segment, queue: Waiting, now_s: float, others: Sequence[Due]) -> list[int]:
-        """Which rows of the queue the next batch has, beside those batches."""
+    def _places(self, segment: Segment, queue: Waiting, now_s: float, ready_s: float, others: Agenda) -> list[int]:
+        """Which rows of the queue the next batch has, if `others` run from `ready_s` on."""
         latency_s, start_s = self._offer.profile.latency_s, now_s + self._offer.reserve_s
         # Those that are due and still here have no deadline to keep (`set_aside`). They waited long enough.
         due = queue.below((start_s + latency_s(segment, 1),))
@@ -142,7 +140,7 @@ class FirstAnswers:
             first = max(patient, queue.below((start_s + took_s,)))
             if first == patient or patient == rows:
                 left = self._batches_of(segment, queue, rows)
-                if self.spare_s(now_s, (*others, *left)) >= took_s:
+                if others.spare_s(ready_s, left) >= took_s:
                     return list(range(rows))
             in_time = min(rows - patient, len(queue) - first)
             count = patient + in_time

@@ -27,21 +27,20 @@ def join(
     takes no longer than `limit_s`, and for the sake of deeper work no longer than `spare_s`. The batch runs as many of the
     blocks that all go to as fit into `limit_s`; at least one. `start_s` is now, and the time that sending takes.
     """
-    whole, took_s = segment, profile.latency_s(segment, len(rows))
-    earliest_s = min(row.deadline_s for row in rows)
+    latency_s, first, embed = profile.latency_s, segment.nodes[0], segment.embed
+    whole, took_s = segment, latency_s(segment, len(rows))
+    earliest_s = min([row.deadline_s for row in rows])
     if earliest_s < start_s + took_s:
         earliest_s = math.inf  # some are late anyway
     for other, queue in queues:
+        if other.nodes[0] != first or other.embed != embed or not queue.items:
+            continue
         room = profile.max_batch - len(rows)
         if room <= 0:
             break
-        if not queue.items or other.embed != segment.embed or other.nodes[0] != segment.nodes[0]:
-            continue
-        common = _common(segment, other)
-        took_s = profile.latency_s(common, len(rows) + min(room, len(queue.items)))
-        rest_s = 0.0
-        if common != whole:
-            rest_s = profile.latency_s(Segment(whole.nodes[len(common.nodes) :], embed=False), len(rows))
+        common, rest = _common(segment, other, whole)
+        took_s = latency_s(common, len(rows) + min(room, len(queue.items)))
+        rest_s = latency_s(rest, len(rows)) if rest.nodes else 0.0
         if took_s > limit_s or earliest_s < start_s + took_s + rest_s:
             continue
         if took_s > spare_s and queue.items[0].answered is not None:  # first answers have to run anyway
@@ -51,7 +50,7 @@ def join(
         if joining:
             segment = common
             rows = rows + joining
-            earliest_s = min(earliest_s, *(row.deadline_s for row in joining))
+            earliest_s = min(earliest_s, min([row.deadline_s for row in joining]))
     return rows, _cut(rows, segment, whole, profile, start_s, limit_s)
 
 
@@ -70,12 +69,12 @@ def _cut(
     return segment
 
 
-@cache  # of two parts of a model's paths
-def _common(one: Segment, other: Segment) -> Segment:
-    """The blocks that both begin with."""
+@cache  # of parts of a model's paths
+def _common(one: Segment, other: Segment, whole: Segment) -> tuple[Segment, Segment]:
+    """The blocks that both begin with, and what `whole`, which begins with these, has to run after them."""
     count = 0
     for node, also in zip(one.nodes, other.nodes, strict=False):
         if node != also:
             break
         count += 1
-    return Segment(one.nodes[:count], one.embed)
+    return Segment(one.nodes[:count], one.embed), Segment(whole.nodes[count:], embed=False)

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 
+from service.policy.agenda import Due
 from service.policy.deeper import DeeperWork
-from service.policy.first import Due, FirstAnswers
+from service.policy.first import FirstAnswers
 from service.policy.joining import join
 from service.policy.price import Price
 from service.policy.state import Batch, Decision, Offer, Row, Step, segment_between
@@ -109,7 +109,7 @@ class LadderEdf:
 
     def spare_s(self, now_s: float) -> float:
         """See `Policy`."""
-        return self._first.spare_s(now_s)
+        return self._first.spare_s(now_s, self._first.batches().values())
 
     def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
         """See `Policy`."""
@@ -186,7 +186,7 @@ class LadderEdf:
         """How long deeper work may keep these batches of first answers waiting."""
         if not batches:
             return math.inf
-        first_spare_s = self._first.spare_s(now_s, chain.from_iterable(batches.values()))
+        first_spare_s = self._first.spare_s(now_s, batches.values())
         if self._first.waiting.rows < self._first.cheap_rows():
             return _SPARE_SHARE * first_spare_s
         return max(0.0, first_spare_s - self._tightest_s)
