@@ -87,11 +87,11 @@ def open_call(
 def count_answered(metrics: Metrics, call: Call, total_s: float) -> None:
     """Count a call that was answered after `total_s`."""
     labels = call.served.labels
-    metrics.total_seconds.labels(*labels).observe(total_s)
-    metrics.last_answer.labels(*labels).set_to_current_time()
+    metrics.of(metrics.total_seconds, *labels).observe(total_s)
+    metrics.of(metrics.last_answer, *labels).set_to_current_time()
     met = call.deadline_met(total_s)
     if met is not None:
-        metrics.deadlines.labels(*labels, str(met).lower()).inc()
+        metrics.of(metrics.deadlines, *labels, str(met).lower()).inc()
 
 
 def learn_send(call: Call, answer: Answer) -> None:

@@ -50,6 +50,9 @@ _ON_LOOP_S = 0.001
 """A run that takes no longer, for the only request there is, runs on the event loop: the way to the inference thread and
 back takes about as long, and so does reading a request. (Should it hang, so does the loop, and probes get no answer.)"""
 
+_RUN_FAILED = "inference of %d rows of %s failed"
+_SURPRISE = "the engine met an error of its own; %d rows are refused"
+
 
 @dataclass(slots=True)
 class Engine:
@@ -83,6 +86,8 @@ class Engine:
     _warm: bool = False
     _well: bool = True
     _ended: Ended | None = None
+    _turn: Turn | None = None  # decided, and not yet carried out
+    _idle: bool = False
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -208,9 +213,12 @@ class Engine:
         self._tickets.add(ticket)
         for waits in ticket.rows:
             self._dispatch.arrive(waits, now)
-        self.metrics.requests.labels(*model.labels).inc()
-        self._happened.set()
+        self.metrics.of(self.metrics.requests, *model.labels).inc()
         try:
+            if self._idle and len(self._tickets) == 1:
+                await asyncio.sleep(0)  # the loop reads who came with it
+            if not (self._idle and len(self._tickets) == 1 and self._run_here()):
+                self._happened.set()
             return await done
         except asyncio.CancelledError:
             for waits in ticket.rows:
@@ -247,9 +255,8 @@ class Engine:
             try:
                 await self._run_once()
             except Exception:
-                logger.exception("the engine met an error of its own; %d rows are refused", self._dispatch.waiting())
-                self._dispatch.failed()
-                self._fail_all(InferenceFailed("the server met an error of its own; its log has the cause"))
+                logger.exception(_SURPRISE, self._dispatch.waiting())
+                self._start_afresh()
                 self._happened.clear()
                 if not self._stopping.is_set():
                     await self._happened.wait()
@@ -258,8 +265,7 @@ class Engine:
         self._happened.clear()
         while self._audits.overdue(self.clock()):
             self._begin_audit()
-        turn = self._dispatch.decide()
-        self.metrics.decision_seconds.observe(turn.thought_s)
+        turn, self._turn = self._turn or self._decide(), None
         if (run := turn.run) is None:
             self._deliver(turn)
             del turn, run  # an idle engine holds on to no model that is forgotten
@@ -269,21 +275,52 @@ class Engine:
             else:
                 await self._wait(self._dispatch.wake_s())
             return
-        self.metrics.batch_rows.labels(*run.model.labels).observe(len(run.rows))
-        self.metrics.block_rows.labels(*run.model.labels).inc(len(run.rows) * len(run.batch.segment.nodes))
         try:
             output, ran_s = await self._infer(run, turn)
         except Exception:
-            logger.exception("inference of %d rows of %s failed", len(run.rows), run.model.name)
-            self._dispatch.failed()
-            self._fail(run.rows, InferenceFailed("the model could not be run on this; the server's log has the cause"))
-            return
+            logger.exception(_RUN_FAILED, len(run.rows), run.model.name)
+            self._failed(run)
+        else:
+            self._finish(run, output, ran_s)
         finally:
             self._well = True
-        self._ended = self._dispatch.finish(run, output, ran_s)
-        self.metrics.profile_ratio.labels(*run.model.labels).observe(self._ended.took_s / run.batch.expected_s)
-        if overflowed := self._ended.overflowed:
-            self._fail(overflowed, InferenceFailed("the model overflowed on this input: its answer is no number"))
+
+    def _run_here(self) -> bool:
+        """Run the first segment of the only request there is at once if that is short. Returns whether it has its answer.
+
+        Waking the engine and coming back would take about as long. What else there is to do is left to the engine, so that
+        between two runs the loop reads who came.
+        """
+        try:
+            self._turn = self._decide()
+            if (run := self._turn.run) is None or not self._is_short(run):
+                return False
+            self._deliver(self._turn)
+            try:
+                output, ran_s = self._dispatch.infer(run)
+            except Exception:
+                logger.exception(_RUN_FAILED, len(run.rows), run.model.name)
+                self._failed(run)
+            else:
+                self._finish(run, output, ran_s)
+            self._turn = self._decide()
+            if self._turn.run is not None or self._dispatch.waiting():
+                return False
+            self._deliver(self._turn)
+            self._turn = None
+        except Exception:
+            logger.exception(_SURPRISE, self._dispatch.waiting())
+            self._start_afresh()
+        return not self._audits
+
+    def _decide(self) -> Turn:
+        turn = self._dispatch.decide()
+        self.metrics.decision_seconds.observe(turn.thought_s)
+        if turn.run is not None:
+            labels = turn.run.model.labels
+            self.metrics.of(self.metrics.batch_rows, *labels).observe(len(turn.run.rows))
+            self.metrics.of(self.metrics.block_rows, *labels).inc(len(turn.run.rows) * len(turn.run.batch.segment.nodes))
+        return turn
 
     async def _infer(self, run: Run, turn: Turn) -> tuple[Output, float]:
         """Run a batch, and deliver meanwhile what was decided with it."""
@@ -300,6 +337,20 @@ class Engine:
         except WorkerDied:  # perhaps not of this batch: once more
             self._well = False
             return await self._worker.run(infer)
+
+    def _finish(self, run: Run, output: Output, ran_s: float) -> None:
+        self._ended = self._dispatch.finish(run, output, ran_s)
+        self.metrics.of(self.metrics.profile_ratio, *run.model.labels).observe(self._ended.took_s / run.batch.expected_s)
+        if overflowed := self._ended.overflowed:
+            self._fail(overflowed, InferenceFailed("the model overflowed on this input: its answer is no number"))
+
+    def _failed(self, run: Run) -> None:
+        self._dispatch.failed()
+        self._fail(run.rows, InferenceFailed("the model could not be run on this; the server's log has the cause"))
+
+    def _start_afresh(self) -> None:
+        self._dispatch.failed()
+        self._fail_all(InferenceFailed("the server met an error of its own; its log has the cause"))
 
     def _is_short(self, run: Run) -> bool:
         """Whether it is quicker done here than told to the inference thread, and nobody else is kept waiting by that."""
@@ -334,11 +385,15 @@ class Engine:
 
     async def _wait(self, until_s: float) -> None:
         """Until something happens, or until that time."""
-        if until_s == math.inf:
-            await self._happened.wait()
-            return
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._happened.wait(), max(0.0, until_s - self.clock()))
+        self._idle = True
+        try:
+            if until_s == math.inf:
+                await self._happened.wait()
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._happened.wait(), max(0.0, until_s - self.clock()))
+        finally:
+            self._idle = False
 
     def _deliver(self, turn: Turn) -> None:
         """Let those who wait know what is decided, and what is known on the way."""
@@ -375,14 +430,14 @@ class Engine:
         latest = row.latest
         answer = RowAnswer(latest.label, latest.confidence, latest.probabilities, latest.path, stopped_by, latest.logits)
         ticket.answers[row.index] = answer
-        self.metrics.answers.labels(*row.model.labels, len(answer.path), stopped_by).inc()
+        self.metrics.of(self.metrics.answers, *row.model.labels, str(len(answer.path)), stopped_by).inc()
         if ticket.on_answer is not None:
             ticket.on_answer(row.index, answer)
         answers = [answer for answer in ticket.answers if answer is not None]
         if len(answers) == len(ticket.answers):
             queue_s = ticket.queue_s or 0.0
-            self.metrics.queue_seconds.labels(*row.model.labels).observe(queue_s)
-            self.metrics.compute_seconds.labels(*row.model.labels).observe(ticket.compute_s)
+            self.metrics.of(self.metrics.queue_seconds, *row.model.labels).observe(queue_s)
+            self.metrics.of(self.metrics.compute_seconds, *row.model.labels).observe(ticket.compute_s)
             spans = ticket.spans
             if spans is not None:
                 spans.insert(0, Timed("queue", ticket.arrived_s, ticket.arrived_s + queue_s))
@@ -415,7 +470,7 @@ class Engine:
                 row.gone, row.place = True, None  # the policy that had them is not asked again
             if not ticket.done.done():
                 ticket.done.set_exception(error)
-        self._ended = None
+        self._ended = self._turn = None
         for model in self._dispatch.models:
             self.add(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
@@ -13,6 +14,8 @@ _RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 _VERSION = ("model", "version")
+
+M = TypeVar("M", bound=MetricWrapperBase)
 
 
 class Metrics:
@@ -64,6 +67,15 @@ class Metrics:
         self.last_answer = gauge("hbll_last_answer_timestamp_seconds", "When a request was answered last", *_VERSION)
         self.batch_rows = histogram("hbll_batch_rows", "Rows of one inference", _ROWS, *_VERSION)
         self.ready = gauge("hbll_ready", "1 when the server is ready")
+        self._children: dict[tuple[MetricWrapperBase, tuple[str, ...]], Any] = {}
+
+    def of(self, metric: M, *labels: str) -> M:
+        """`metric.labels(*labels)`, found again at once: for what every request counts."""
+        child = self._children.get((metric, labels))
+        if child is None:
+            child = self._children[metric, labels] = metric.labels(*labels)
+        found: M = child
+        return found
 
     def clear(self) -> None:
         """Forget what was counted so far, by warm-up."""
@@ -71,6 +83,7 @@ class Metrics:
         times = (self.queue_seconds, self.compute_seconds, self.total_seconds, self.failed_seconds, self.last_answer)
         for metric in (*counters, *times, self.batch_rows, self.profile_ratio, self.audits):
             metric.clear()
+        self._children.clear()
 
     def render(self, served: Container[tuple[str, str]]) -> bytes:
         """The exposition text. Of versions that are not `served` any more what was counted is told once again, so that
@@ -83,6 +96,7 @@ class Metrics:
         _forget([metric for metric in by_version if isinstance(metric, Gauge)], served)
         text = generate_latest(self.registry)
         _forget(by_version, served)
+        self._children.clear()  # some may have been forgotten
         return text
 
 

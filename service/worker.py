@@ -63,8 +63,7 @@ class Worker:
             asked_to = True
         finally:
             if not asked_to:
-                with suppress(RuntimeError):  # the loop is closed: nobody waits
-                    self._loop.call_soon_threadsafe(self._died)
+                self._tell(self._died)
 
     def _work_once(self, jobs: _Jobs) -> bool:
         """Do the next job; false if there is to be none. Of its own, so that an idle thread holds on to no job."""
@@ -75,10 +74,14 @@ class Worker:
         try:
             result = job()
         except Exception as exc:  # noqa: BLE001 (whoever awaits the future handles it)
-            self._loop.call_soon_threadsafe(_settle, future, None, exc)
+            self._tell(_settle, future, None, exc)
         else:
-            self._loop.call_soon_threadsafe(_settle, future, result, None)
+            self._tell(_settle, future, result, None)
         return True
+
+    def _tell(self, callback: Callable[..., object], *args: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(callback, *args)
 
     def _died(self) -> None:
         self._on_death()

@@ -25,3 +25,14 @@ def test_what_a_gone_version_counted_is_told_once_more_and_then_forgotten() -> N
         'hbll_reloads_total{loaded="true",model="digits"} 1.0',
     ):
         assert line in text
+
+
+def test_what_is_counted_again_after_it_was_forgotten_is_told_again() -> None:
+    metrics = Metrics()
+    metrics.of(metrics.requests, "digits", "1").inc()
+    metrics.clear()
+    metrics.of(metrics.requests, "digits", "1").inc()
+    assert 'hbll_requests_total{model="digits",version="1"} 1.0' in metrics.render({("digits", "1")}).decode()
+    metrics.render(set())
+    metrics.of(metrics.requests, "digits", "1").inc()  # it was unloaded, and is served again
+    assert 'hbll_requests_total{model="digits",version="1"} 1.0' in metrics.render({("digits", "1")}).decode()

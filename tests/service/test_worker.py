@@ -137,3 +137,23 @@ def test_stop_ends_the_thread_even_if_it_has_just_died(dead: bool) -> None:
         assert not [thread for thread in threading.enumerate() if thread.name == "stopped"]
 
     run(test)
+
+
+def test_a_job_that_ends_when_nobody_waits_any_more_leaves_no_traceback() -> None:
+    """A server that did not wait for a hung run ended with one."""
+    go, failures = threading.Event(), []
+
+    async def test() -> threading.Thread:
+        worker = Worker("late")
+        thread = thread_of("late")
+        worker.run(go.wait)
+        worker.stop(patience_s=0)
+        return thread
+
+    thread = asyncio.run(test())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", failures.append)
+        go.set()
+        thread.join(30)
+    assert not thread.is_alive()
+    assert not failures

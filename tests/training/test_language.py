@@ -7,13 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from training import evaluate
 from training.config import ConfigError, RunConfig, TrainConfig, VitConfig
 from training.dataset import DataSpec
 from training.digits import DIGITS
+from training.experiments import language
+from training.evaluate import PathScore
 from training.language import CausalBlocks, GptConfig, build_gpt, build_windows
 from training.methods import METHODS, Context
 from training.model import Family, build_family
 from training.objective import hbll_step
+from training.text import Corpus, Tokens
 
 SMALL = GptConfig(hierarchy_depth=3, context=8, width=8, heads=2)
 BOTH = pytest.mark.parametrize("config", [SMALL, SMALL.model_copy(update={"positions": True})], ids=["alibi", "learned"])
@@ -134,3 +138,22 @@ def test_a_family_learns_a_text_that_repeats(name: str) -> None:
         optimizer.step()
     logits = family(text[None, :8], family.tree.full)
     assert (logits.argmax(dim=1) == text[1:9]).all()
+
+
+def test_scores_are_the_same_however_few_windows_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a large vocabulary the logits of a few windows are gigabytes."""
+    family = build_gpt(SMALL, 11, seed=0)
+    test = Tokens(torch.randint(11, (150,), generator=torch.Generator().manual_seed(0)), 1.0)
+    corpus, paths = Corpus(tuple("abcdefghijk"), test, test, test), tuple(family.tree.paths())
+    expected, sizes = language.score_windows(family, corpus, paths), []
+
+    def score(logits: Tensor, labels: Tensor) -> PathScore:
+        sizes.append(logits.numel())
+        return evaluate.score(logits, labels)
+
+    monkeypatch.setattr(language, "score", score)
+    monkeypatch.setattr(language, "LOGITS_AT_ONCE", 300)  # three windows and a bit
+    assert language.score_windows(family, corpus, paths) == pytest.approx(expected)
+    assert max(sizes) == 3 * 8 * 11
+    monkeypatch.setattr(language, "LOGITS_AT_ONCE", 1)
+    assert language.score_windows(family, corpus, paths) == pytest.approx(expected)

@@ -28,7 +28,8 @@ from training.publications import TEXTS
 from training.text import Corpus, Text, Tokens, encode, text_of, windows_spec
 
 WINDOWS_AT_ONCE = 64
-"""When scoring."""
+LOGITS_AT_ONCE = 2**26
+"""When scoring: as many windows of a path, but no more logits than these, a quarter of a GiB."""
 VOCABULARY = 50_257
 """Byte-pair tokens: GPT-2's number of them, of which the paper says nothing."""
 WIKITEXT103_TOKENS = 103_227_021
@@ -63,7 +64,7 @@ class TextTrial(Trial):
         paths = table_paths(family.tree)
         if self.settings.method == "bp":
             paths = {name: path for name, path in paths.items() if len(path) == self.settings.blocks}
-        losses = score_windows(family, corpus.test, tuple(paths.values()))
+        losses = score_windows(family, corpus, tuple(paths.values()))
         return [
             Cell(row=published.path_row(name), column=self.column, value=self._figure(losses[path], corpus.test))
             for name, path in paths.items()
@@ -105,11 +106,13 @@ def table_paths(tree: Tree) -> dict[str, TreePath]:
 
 
 @torch.no_grad()
-def score_windows(family: Family, tokens: Tokens, paths: tuple[TreePath, ...]) -> dict[TreePath, float]:
-    """The mean cross-entropy of every path over all positions, in nats."""
+def score_windows(family: Family, corpus: Corpus, paths: tuple[TreePath, ...]) -> dict[TreePath, float]:
+    """The mean cross-entropy of every path over all positions of the test split, in nats."""
     total, rows = dict.fromkeys(paths, 0.0), 0
     assert isinstance(family.blocks, CausalBlocks)
-    for x, y in tokens.all_windows(family.blocks.context, WINDOWS_AT_ONCE):
+    context = family.blocks.context
+    at_once = max(1, min(WINDOWS_AT_ONCE, LOGITS_AT_ONCE // (context * corpus.vocabulary)))
+    for x, y in corpus.test.all_windows(context, at_once):
         labels = y.to(device())
         for path, logits in path_logits(family, x.to(device()), paths).items():
             total[path] += score(logits, labels).loss * len(y)
