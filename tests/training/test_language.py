@@ -11,8 +11,8 @@ from training import evaluate
 from training.config import ConfigError, RunConfig, TrainConfig, VitConfig
 from training.dataset import DataSpec
 from training.digits import DIGITS
-from training.experiments import language
 from training.evaluate import PathScore
+from training.experiments import language
 from training.language import CausalBlocks, GptConfig, build_gpt, build_windows
 from training.methods import METHODS, Context
 from training.model import Family, build_family
