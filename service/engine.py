@@ -215,9 +215,9 @@ class Engine:
             self._dispatch.arrive(waits, now)
         self.metrics.of(self.metrics.requests, *model.labels).inc()
         try:
-            if self._idle and len(self._tickets) == 1:
+            if self._is_alone():
                 await asyncio.sleep(0)  # the loop reads who came with it
-            if not (self._idle and len(self._tickets) == 1 and self._run_here()):
+            if not (self._is_alone() and self._run_here()):
                 self._happened.set()
             return await done
         except asyncio.CancelledError:
@@ -251,7 +251,7 @@ class Engine:
 
     async def _run_forever(self) -> None:
         """Never ends but by `stop`: a surprise fails the requests that it meets and is logged."""
-        while not self._stopping.is_set():
+        while self._turn is not None or not self._stopping.is_set():
             try:
                 await self._run_once()
             except Exception:
@@ -284,6 +284,10 @@ class Engine:
             self._finish(run, output, ran_s)
         finally:
             self._well = True
+
+    def _is_alone(self) -> bool:
+        """Whether nothing is in hand but one request, which nobody has decided about."""
+        return self._idle and self._turn is None and len(self._tickets) == 1
 
     def _run_here(self) -> bool:
         """Run the first segment of the only request there is at once if that is short. Returns whether it has its answer.

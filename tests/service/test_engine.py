@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from family.tree import Path
 from service.answers import Answer
 from service.errors import DeadlineExpired, DeadlineInfeasible, InferenceFailed, NotReady, QueueFull
 from service.policy.wish import Wish
@@ -554,6 +555,37 @@ def test_a_short_run_for_the_only_request_is_done_by_the_event_loop_itself() -> 
             long = b.ask(0.1, path=(1, 2, 3, 4, 5, 6, 7))
             await asyncio.gather(long, b.ask(0.1, path=(4,)), b.ask(0.1, path=(4,)))
             assert threads[1:] == ["inference", "inference"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("path", [(4,), (1, 2, 3, 4, 5, 6, 7)], ids=["short", "long"])
+def test_what_was_decided_where_it_arrived_is_carried_out_though_the_engine_stops(path: Path) -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.model.profile = LatencyProfile(fake_parts(block_s=0.0002))
+            b.engine.add(b.model)
+            asked = b.ask(0.1, path=path)
+            while not b.engine._turn and not asked.done():
+                await asyncio.sleep(0)
+            await b.engine.stop()
+            assert (await asked).rows[0].path == path
+
+    run(test)
+
+
+def test_of_two_requests_after_each_other_neither_is_forgotten_if_the_first_leaves() -> None:
+    async def test() -> None:
+        async with bench() as b:
+            b.model.profile = LatencyProfile(fake_parts(block_s=0.0002))
+            b.engine.add(b.model)
+            first = b.ask(0.1, path=(1, 2, 3, 4, 5, 6, 7))
+            while not b.engine._turn:
+                await asyncio.sleep(0)
+            first.cancel()
+            assert (await b.ask(0.2, path=(4,))).rows[0].path == (4,)
+            assert (await b.ask(0.2, path=(4, 6))).rows[0].path == (4, 6)
+            assert first.cancelled()
 
     run(test)
 
