@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 _THRESHOLDS = 700, 20, 1000
 """Python's own are 700, 10, 10, and after `gc.freeze` next to nothing is old, so that full collections were frequent: of
-whatever is in flight, which in an overload took 50 ms and more, and made the overload worse. Requests leave no cycles, errors
-do: what a young collection has passed on of them is found by one of the middle generation, after 20 young ones. (After 700,
-it had grown to 60 MB by then, and took 50 ms in an overload as well.)"""
+whatever is in flight, which in an overload took 50 ms and more, and made the overload worse. Requests leave no cycles,
+errors do: what a young collection has passed on of them is found by one of the middle generation, after 20 young ones.
+(After 700, it had grown to 60 MB by then, and took 50 ms in an overload as well.)"""
 
 
 def shorten_pauses() -> None:
