@@ -181,6 +181,7 @@ def play_all(world: World, jobs: Sequence[Job], workers: int) -> list[Played]:
 @click.option("--hop-us", default=100.0, show_default=True, help="To the inference thread and back.")
 @click.option("--decide-us", default=400.0, show_default=True, help="For the event loop to hear of a run and decide.")
 @click.option("--http-us", default=140.0, show_default=True, help="For it to read a request, and to send an answer.")
+@click.option("--refuse-us", default=60.0, show_default=True, help="For it to refuse a request that waited too long.")
 @click.option("--wire-us", default=750.0, show_default=True, help="To the server and back.")
 @click.option("--contention", default=0.8, show_default=True, help="By what share all that takes longer beside a run.")
 @click.option("--jitter", default=0.1, show_default=True, help="Standard deviation of the logarithm of a run's time.")
@@ -198,6 +199,7 @@ def main(
     hop_us: float,
     decide_us: float,
     http_us: float,
+    refuse_us: float,
     wire_us: float,
     contention: float,
     jitter: float,
@@ -215,8 +217,16 @@ def main(
       hbll simulate --policies ladder-edf,slackfit --servers 100 --seeds 1
       hbll simulate --against docs/bench
     """
-    hop_s, decide_s, http_s, wire_s = (microseconds / 1e6 for microseconds in (hop_us, decide_us, http_us, wire_us))
-    hardware = Hardware(jitter, hop_s, decide_s, read_s=http_s, send_s=http_s, wire_s=wire_s, contention=contention)
+    hardware = Hardware(
+        jitter,
+        hop_s=hop_us / 1e6,
+        decide_s=decide_us / 1e6,
+        read_s=http_us / 1e6,
+        refuse_s=refuse_us / 1e6,
+        send_s=http_us / 1e6,
+        wire_s=wire_us / 1e6,
+        contention=contention,
+    )
     try:
         world = open_world(bundle, hardware, machine)
         if against is not None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.shares import Shares
 from family.tree import Path
+from service.gate import Pace
 from service.policy.state import Batch, Offer, Policy, Row
 from service.policy.wish import Wish
 
@@ -45,6 +46,7 @@ class Hardware:
         hop_s: what a run takes beyond the inference: to the inference thread and back.
         decide_s: what the event loop takes to hear that a run has ended, and to decide on the next.
         read_s: what it takes to read a request.
+        refuse_s: what it takes to refuse one unread, because it waited too long (`service.gate`).
         send_s: what it takes to send an answer.
         wire_s: what a request and its answer take on their way, which clients know of and ask for that much less.
         contention: by what share all that takes the event loop longer while a model runs: they share processors, caches
@@ -55,6 +57,7 @@ class Hardware:
     hop_s: float = 0.0
     decide_s: float = 0.0
     read_s: float = 0.0
+    refuse_s: float = 0.0
     send_s: float = 0.0
     wire_s: float = 0.0
     contention: float = 0.0
@@ -62,6 +65,7 @@ class Hardware:
 
 @dataclass(slots=True, eq=False)
 class _Request(Row):
+    begun_s: float = 0.0
     image: int = 0
     server: int = 0
 
@@ -83,6 +87,7 @@ class _Server:
         self.running: Batch | None = None
         self.start_s = self.ran_s = self.ends_s = self.loop_s = 0.0
         self.wake_s = math.inf
+        self.pace = Pace()
 
     def occupy(self, now_s: float, took_s: float) -> float:
         """Its event loop does something next. Returns when it has."""
@@ -155,6 +160,7 @@ def simulate(
             depth[row.order] = len(row.answered)
             right[row.order] = outcomes.right[row.answered][row.image]
             latency[row.order] = done_s + hardware.wire_s / 2 - sent[row.order]
+            server.pace.answered(done_s - row.begun_s)
             server.offer.profile.observe_send(done_s - now)
         counts["answered"] += len(decision.done)
         counts["expired"] += len(decision.expired)
@@ -198,12 +204,18 @@ def simulate(
             if fleet[other].load < fleet[index].load:
                 index = other
         server = fleet[index]
+        due_s = arrives[position] + asked_s
         seen_s = max(arrives[position], server.loop_s)
+        if seen_s > arrives[position] and due_s < seen_s + server.pace.takes_s:  # as in `service.gate`
+            counts["refused"] += 1
+            server.occupy(seen_s, hardware.refuse_s)
+            position += 1
+            continue
         now = server.occupy(seen_s, hardware.read_s)
         if server.policy.waiting() >= max_queue_rows:
             counts["full"] += 1
         else:
-            row = _Request(Wish(deadline_s=seen_s + asked_s), now, position, image=images[position])
+            row = _Request(Wish(deadline_s=due_s), now, position, begun_s=seen_s, image=images[position])
             server.policy.arrive(row, now)
             if server.running is None:
                 push(now, index)  # when it has read what else came meanwhile

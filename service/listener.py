@@ -9,20 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.access import HEADER, id_of, log_request
-from service.errors import HeadersTooLarge, MalformedRequest, RequestTimeout, ServiceError, TooManyConnections
+from service.errors import (
+    DeadlineExpired,
+    HeadersTooLarge,
+    MalformedRequest,
+    RequestTimeout,
+    ServiceError,
+    TooManyConnections,
+)
+from service.gate import Gate
 from service.metrics import Metrics
 from service.settings import Settings
+from service.wishes import glimpsed_budget_ms
+
+_HEADER = HEADER.lower().encode()
+
+_ACCEPTED_AT_ONCE = 16  # connections
 
 
 class BadCertificate(Exception):
@@ -76,6 +91,20 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._drain = drain
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. In each of its turns uvloop accepts one connection of a socket (libuv since 1.45), so that in an
+        overload, when turns are long, who connected waited for seconds: hence each socket several times."""
+        await super().startup(sockets)
+        loop, config = asyncio.get_running_loop(), self.config
+        if not self.started or not type(loop).__module__.startswith("uvloop"):
+            return
+        made: Any = config.http_protocol_class
+        protocol = partial(made, config=config, server_state=self.server_state, app_state=self.lifespan.state)
+        for listening in [each for server in self.servers for each in server.sockets]:
+            for _ in range(_ACCEPTED_AT_ONCE - 1):
+                copy = listening.dup()
+                self.servers.append(await loop.create_server(protocol, sock=copy, ssl=config.ssl, backlog=config.backlog))
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, and end when all that is open has, or has had its time."""
         await asyncio.gather(self._drain(), super().shutdown(sockets))
@@ -90,7 +119,9 @@ def bounded_connection(settings: Settings, counted: Metrics) -> type[BoundedConn
         header_timeout_s = settings.header_timeout_s
         metrics = counted
         log = settings.access_log
+        gate = Gate()
 
+    counted.unread_requests.set_function(Connection.gate.waiting)
     return Connection
 
 
@@ -103,6 +134,7 @@ class BoundedConnection(HttpToolsProtocol):
     header_timeout_s: ClassVar[float]
     metrics: ClassVar[Metrics]
     log: ClassVar[bool]
+    gate: ClassVar[Gate]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol. Who connects and sends nothing has as long as for headers."""
@@ -110,6 +142,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._in_head = True
         self._unparsed_bytes = 0  # since the last request
         self._began_s = 0.0  # when the first of them came
+        self._begun_s = 0.0  # when the app was called; 0 while it has nothing to do for this connection
         self._late: asyncio.TimerHandle | None = self.loop.call_later(self.header_timeout_s, self._on_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -151,6 +184,34 @@ class BoundedConnection(HttpToolsProtocol):
         self._unparsed_bytes = 0
         super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """uvicorn's, for every request whose headers are there. Probes, scrapes and pages do not wait behind a crowd."""
+        if cycle.scope["method"] == "POST":
+            self.gate.enter(_Unread(self, cycle, app))
+        else:
+            self.begin(cycle, app)
+
+    def begin(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Hand a request to the app."""
+        self._begun_s = time.monotonic()
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        """uvicorn's: the next request of the connection may begin."""
+        if self._begun_s:
+            self.gate.pace.answered(time.monotonic() - self._begun_s)
+            self._begun_s = 0.0
+        super().on_response_complete()
+
+    def refuse_unread(self, cycle: RequestResponseCycle, error: ServiceError) -> None:
+        """Answer a request without the app. The connection stays, if its client keeps it and sends the body in any case."""
+        close = not cycle.keep_alive or cycle.waiting_for_100_continue
+        given = next((value for name, value in cycle.scope["headers"] if name == _HEADER), None)
+        state = cycle.scope["state"] | {"request_id": id_of(given), "bytes_in": len(cycle.body)}
+        self._tell(error, state, cycle.scope["method"], close=close)
+        cycle.response_started = cycle.response_complete = True  # of a body that is still to come nothing is kept
+        self.on_response_complete()
+
     def send_400_response(self, msg: str) -> None:
         """uvicorn's, for what is no HTTP."""
         self._refuse(MalformedRequest(f"expected a request in HTTP/1.1: {msg}"))
@@ -167,20 +228,62 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, error: ServiceError) -> None:
-        """Answer without the app, which has no request yet, and close. A client's own id may not have been read, so it gets
-        one."""
-        own = id_of(None)
+        """Answer what is no request yet, and close. A client's own id may not have been read, so it gets one."""
+        state = {"request_id": id_of(None), "arrived_s": self._began_s, "bytes_in": self._unparsed_bytes}
+        self._tell(error, state, None, close=True)
+
+    def _tell(self, error: ServiceError, state: dict[str, Any], method: str | None, *, close: bool) -> None:
+        """Write an error as the response, count and log it."""
         body = json.dumps({"error": str(error), "code": error.code}).encode()
-        head = f"content-type: application/json\r\n{HEADER.lower()}: {own}\r\nconnection: close\r\n"
-        head += f"content-length: {len(body)}\r\n\r\n"
-        self.transport.write(STATUS_LINE[error.status] + head.encode() + body)
-        self.transport.close()
+        head = f"content-type: application/json\r\n{HEADER.lower()}: {state['request_id']}\r\n"
+        head += "connection: close\r\n" if close else ""
+        self.transport.write(STATUS_LINE[error.status] + f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        if close:
+            self.transport.close()
         self.metrics.refusals.labels(error.code).inc()
         if self.log:
-            known = {"request_id": own, "arrived_s": self._began_s, "status": error.status}
-            log_request(known | {"bytes_in": self._unparsed_bytes, "bytes_out": len(body)}, None, None)
+            log_request(state | {"status": error.status, "bytes_out": len(body)}, method, None)
 
     def _stop_waiting(self) -> None:
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+
+class _Unread:
+    """A request of a connection, for the gate."""
+
+    __slots__ = ("_app", "_connection", "_cycle")
+
+    def __init__(self, connection: BoundedConnection, cycle: RequestResponseCycle, app: Any) -> None:
+        self._connection, self._cycle, self._app = connection, cycle, app
+
+    @property
+    def gone(self) -> bool:
+        """See `Unread`."""
+        return self._cycle.disconnected
+
+    def due_s(self) -> float:
+        """See `Unread`."""
+        budget_ms = self._budget_ms()
+        return math.inf if budget_ms is None else self._arrived_s + budget_ms / 1000
+
+    def begin(self) -> None:
+        """See `Unread`."""
+        self._connection.begin(self._cycle, self._app)
+
+    def refuse(self) -> None:
+        """See `Unread`."""
+        waited_ms = 1000 * (time.monotonic() - self._arrived_s)
+        text = f"a budget of {self._budget_ms():g} ms cannot be met: the request waited {waited_ms:.0f} ms to be read"
+        self._connection.refuse_unread(self._cycle, DeadlineExpired(text))
+
+    @property
+    def _arrived_s(self) -> float:
+        arrived_s: float = self._cycle.scope["state"]["arrived_s"]
+        return arrived_s
+
+    def _budget_ms(self) -> float | None:
+        scope = self._cycle.scope
+        body = None if self._cycle.more_body else self._cycle.body
+        return glimpsed_budget_ms(scope["query_string"], scope["headers"], body)

@@ -44,6 +44,7 @@ class Metrics:
         self.block_rows = counter("hbll_block_rows", "Rows times blocks run: the work done", *_VERSION)
         self.deadlines = counter("hbll_deadlines", "Requests with a budget answered", *_VERSION, "met")
         self.queue_rows = gauge("hbll_queue_rows", "Rows that wait")
+        self.unread_requests = gauge("hbll_unread_requests", "Requests that wait for the event loop to read them")
         self.queue_seconds = histogram("hbll_queue_seconds", "From arrival to the first block", _SECONDS, *_VERSION)
         self.compute_seconds = histogram("hbll_compute_seconds", "Inference of a request's rows", _SECONDS, *_VERSION)
         self.total_seconds = histogram("hbll_total_seconds", "From arrival to the answer", _SECONDS, *_VERSION)

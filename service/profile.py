@@ -92,6 +92,10 @@ class LatencyProfile:
         table = self._typical.get(segment) or self._table(segment)  # asked for very often
         return table[rows] * self._ratios[rows.bit_length()].quantile + self._waits.quantile
 
+    def likely_s(self, segment: Segment, rows: int) -> float:
+        """The median as of late."""
+        return self.typical_s(segment, rows) * self._window(rows).median + self._waits.median
+
     def latencies_s(self, segment: Segment, most: int) -> list[float]:
         """`latency_s` by number of rows, 0 to `most`, which is at most the largest batch."""
         windows, wait_s = self._ratios, self._waits.quantile
@@ -124,6 +128,11 @@ class LatencyProfile:
         """What it takes as of late from the decision that an answer is final to handing the response over: the 0.99
         quantile. On a busy machine that is more than the work: everybody waits for a processor."""
         return self._sends.quantile
+
+    @property
+    def likely_send_s(self) -> float:
+        """The median of that."""
+        return self._sends.median
 
     def observe_send(self, took_s: float) -> None:
         """Learn that sending an answer took so long."""
@@ -178,6 +187,12 @@ class _Window:
         if self._sorted:
             self._latest.remove(self._sorted.pop())
             self._set_quantile()
+
+    @property
+    def median(self) -> float:
+        """Of the latest values."""
+        latest = self._sorted
+        return latest[len(latest) // 2] if latest else self._initial
 
     def _set_quantile(self) -> None:
         """Of few values not the largest."""

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 from pydantic import ValidationError
 
 from service.errors import InvalidInput
+from service.media import OCTETS, is_read
 from service.responses import describe
 from service.schemas import ABOUT_DEPTH, Wishes
 
@@ -53,6 +54,10 @@ _HEADERS: dict[bytes, tuple[str, Callable[[str], Any]]] = {
 _QUERY: dict[str, Callable[[str], Any]] = dict(_HEADERS.values()) | {"probabilities": _boolean}
 
 _LONGEST_KEPT = 200  # bytes of a query: longer than anybody needs
+
+_BUDGET = b'"latency_budget_ms"'
+_JSON_NUMBER = re.compile(rb"\s*:\s*([0-9.eE+-]{1,30})\s*[,}]")
+_LONGEST_SOUGHT = 1 << 18  # bytes of a body
 
 _TYPES: dict[Callable[[str], Any], str] = {_number: "number", _boolean: "boolean"}
 
@@ -113,6 +118,25 @@ def _read_query(query: bytes) -> QueryWishes:
         return QueryWishes.model_validate(found)
     except ValidationError as exc:
         raise InvalidInput(describe(exc.errors()[0])) from exc
+
+
+def glimpsed_budget_ms(query: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytearray | None) -> float | None:
+    """The latency budget of a request as far as it shows before the `body` (none: it has not come) is decoded; none if it
+    does not. It decides who is refused unread, so what looks unusual shows none."""
+    headers = list(headers)
+    known = dict(headers)
+    try:
+        if is_read(known.get(b"content-type", b"").decode("latin-1"), (OCTETS,), unnamed=False):
+            return with_headers(with_query(query), headers).latency_budget_ms
+        if body is None or b"content-encoding" in known or len(body) > _LONGEST_SOUGHT or body.count(_BUDGET) > 1:
+            return None
+        place = body.find(_BUDGET)
+        if place < 0:
+            return with_headers(Wishes(), headers).latency_budget_ms
+        value = _JSON_NUMBER.match(body, place + len(_BUDGET))
+        return budget_ms if value and (budget_ms := float(value[1])) > 0 else None
+    except (InvalidInput, ValueError):  # whoever reads it whole will say so
+        return None
 
 
 def with_headers(wishes: W, headers: Iterable[tuple[bytes, bytes]]) -> W:

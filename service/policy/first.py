@@ -81,9 +81,9 @@ class FirstAnswers:
         """Rows that are too late make room for those that are not."""
         while self.late.items and self.late.items[0].deadline_s <= now_s:
             decision.expired.extend(self.late.take_places([0]))
-        latency_s, start_s = self._offer.profile.latency_s, now_s + self._offer.reserve_s
-        for row in self._due.take_before((start_s + latency_s(self._slowest, 1),)):
-            if row.deadline_s >= start_s + latency_s(row.rest, 1):
+        likely_s, start_s = self._offer.profile.likely_s, now_s + self._offer.likely_reserve_s
+        for row in self._due.take_before((start_s + likely_s(self._slowest, 1),)):
+            if row.deadline_s >= start_s + likely_s(row.rest, 1):
                 self._due.add((row.deadline_s, row.order), row)
                 continue
             take_out(row)
@@ -129,15 +129,16 @@ class FirstAnswers:
 
     def _places(self, segment: Segment, queue: Waiting, now_s: float, ready_s: float, others: Agenda) -> list[int]:
         """Which rows of the queue the next batch has, if `others` run from `ready_s` on."""
-        latency_s, start_s = self._offer.profile.latency_s, now_s + self._offer.reserve_s
+        latency_s, likely_s = self._offer.profile.latency_s, self._offer.profile.likely_s
+        start_s = now_s + self._offer.likely_reserve_s
         # Those that are due and still here have no deadline to keep (`set_aside`). They waited long enough.
-        due = queue.below((start_s + latency_s(segment, 1),))
+        due = queue.below((start_s + likely_s(segment, 1),))
         best, places = 0.0, [0]
         most = min(len(queue), self._offer.profile.max_batch)
         for rows in (most, *(size for size in reversed(self._offer.profile.parts.batches) if size < most)):
             took_s = latency_s(segment, rows)
             patient = min(due, rows)
-            first = max(patient, queue.below((start_s + took_s,)))
+            first = max(patient, queue.below((start_s + likely_s(segment, rows),)))
             if first == patient or patient == rows:
                 left = self._batches_of(segment, queue, rows)
                 if others.spare_s(ready_s, left) >= took_s:

@@ -56,6 +56,11 @@ class Offer:
         return max(self.least_reserve_s, self.profile.send_s)
 
     @property
+    def likely_reserve_s(self) -> float:
+        """The median of that. For what is late already if it takes longer."""
+        return max(self.least_reserve_s, self.profile.likely_send_s)
+
+    @property
     def careful_reserve_s(self) -> float:
         """The same, and what requests wait for as of late before anybody sees them. For what is not a must: a request
         that is nearly too late is answered all the same."""

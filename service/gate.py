@@ -1,0 +1,99 @@
+"""Where requests wait for the event loop, in a crowd: between their headers and the app, where waiting costs nothing.
+
+A loop that begins with every request as soon as it is there begins with hundreds in a burst. All of them take their share
+of its time before the first is answered, the device waits meanwhile, and all are late. So only a few begin at a time;
+between these, answers are sent and the next batch is chosen. Whoever waited too long for an answer in time is refused
+here, which takes a fraction of what the app takes for a refusal: else an overload would be spent on those who are late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import Protocol
+
+_AT_ONCE = 8
+"""How many begin before the loop turns to what else there is: measured from 2 to 128 (docs/scheduling.md)."""
+
+_LATEST, _SHARE = 64, 0.75  # what an answer takes is this quantile of so many
+
+
+class Unread(Protocol):
+    """A request whose headers are there, and which waits to be read."""
+
+    @property
+    def gone(self) -> bool:
+        """Its client is."""
+        ...
+
+    def due_s(self) -> float:
+        """When its budget ends, on the monotonic clock; infinity if it has none, or none that can be seen yet."""
+        ...
+
+    def begin(self) -> None:
+        """Hand it to the app."""
+        ...
+
+    def refuse(self) -> None:
+        """Its budget would run out."""
+        ...
+
+
+class Pace:
+    """What an answer takes as of late, from when its request begins."""
+
+    def __init__(self) -> None:
+        self._took_s: deque[float] = deque(maxlen=_LATEST)
+
+    def answered(self, took_s: float) -> None:
+        """A request was answered so long after it began."""
+        self._took_s.append(took_s)
+
+    @property
+    def takes_s(self) -> float:
+        """The 0.75 quantile: refused are those of whom most would be late."""
+        return sorted(self._took_s)[int(_SHARE * (len(self._took_s) - 1))] if self._took_s else 0.0
+
+
+class Gate:
+    """Lets requests begin in the order in which they came, few at a time. Used on one event loop.
+
+    `pace` is to be told of answers.
+    """
+
+    def __init__(self) -> None:
+        self.pace = Pace()
+        self._waiting: deque[Unread] = deque()
+        self._begun = 0  # in this turn of the loop
+
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def enter(self, request: Unread) -> None:
+        """A request begins now, or when it is its turn."""
+        if self._begun == _AT_ONCE or self._waiting:
+            self._waiting.append(request)
+            return
+        if not self._begun:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._begun += 1
+        request.begin()
+
+    def _next_turn(self) -> None:
+        """The loop has been through all that was there when the latest began."""
+        self._begun = 0
+        if not self._waiting:
+            return
+        asyncio.get_running_loop().call_soon(self._next_turn)
+        answered_s = time.monotonic() + self.pace.takes_s
+        while self._waiting and self._begun < _AT_ONCE:
+            request = self._waiting.popleft()
+            if request.gone:
+                continue
+            self._begun += 1
+            if request.due_s() < answered_s:
+                request.refuse()
+            else:
+                request.begin()
