@@ -265,7 +265,9 @@ class _Unread:
 
     def due_s(self) -> float:
         """See `Unread`."""
-        budget_ms = self._budget_ms()
+        scope = self._cycle.scope
+        body = None if self._cycle.more_body else self._cycle.body
+        budget_ms = glimpsed_budget_ms(scope["query_string"], scope["headers"], body)
         return math.inf if budget_ms is None else self._arrived_s + budget_ms / 1000
 
     def begin(self) -> None:
@@ -275,15 +277,10 @@ class _Unread:
     def refuse(self) -> None:
         """See `Unread`."""
         waited_ms = 1000 * (time.monotonic() - self._arrived_s)
-        text = f"a budget of {self._budget_ms():g} ms cannot be met: the request waited {waited_ms:.0f} ms to be read"
+        text = f"the latency budget would run out: the request waited {waited_ms:.0f} ms for the server to read it"
         self._connection.refuse_unread(self._cycle, DeadlineExpired(text))
 
     @property
     def _arrived_s(self) -> float:
         arrived_s: float = self._cycle.scope["state"]["arrived_s"]
         return arrived_s
-
-    def _budget_ms(self) -> float | None:
-        scope = self._cycle.scope
-        body = None if self._cycle.more_body else self._cycle.body
-        return glimpsed_budget_ms(scope["query_string"], scope["headers"], body)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import asyncio
+import socket
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from fastapi import FastAPI
 
-from service.listener import BadCertificate, server_config
+from benchmarks.live import free_port
+from service.listener import BadCertificate, Server, server_config
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -31,3 +36,40 @@ def test_an_encrypted_key_needs_its_password_and_nobody_is_asked_for_it(tmp_path
         server_config(app, Settings(**files))
     with pytest.raises(BadCertificate, match="the key's password if it has one"):
         server_config(app, Settings(**files, tls_key_password="wrong"))
+
+
+def test_who_connects_is_accepted_however_long_the_turns_of_the_loop_are() -> None:
+    """uvloop alone accepts one connection in a turn: of those who connect in an overload the last waits for seconds."""
+    uvloop = pytest.importorskip(
+        "uvloop", reason="there is none for Windows, where asyncio's own loops accept all that wait"
+    )
+    app = FastAPI()
+    app.state.metrics = Metrics()
+    port, open_then = free_port(), []
+
+    async def nothing() -> None:
+        pass
+
+    server = Server(server_config(app, Settings(port=port, header_timeout_s=60)), nothing)
+
+    @app.get("/")
+    async def slow() -> None:
+        open_then.append(len(server.server_state.connections))
+        time.sleep(0.002)  # noqa: ASYNC251 - it is what an overload does
+
+    async def test() -> None:
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        with ExitStack() as stack:
+            for _ in range(40):  # the kernel takes them; the loop does not turn meanwhile
+                client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            while len(open_then) < 40:
+                await asyncio.sleep(0)
+        server.should_exit = True
+        await serving
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(test())
+    assert open_then[4] >= 16

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from service.errors import InvalidInput
 from service.schemas import PredictRequest, StreamRequest, Wishes
-from service.wishes import with_headers
+from service.wishes import glimpsed_budget_ms, with_headers
 
 
 def merged(body: Wishes, **headers: str) -> Wishes:
@@ -87,3 +91,47 @@ def test_a_header_that_comes_twice_is_refused() -> None:
 def test_headers_obey_the_rules_of_the_whole_request() -> None:
     with pytest.raises(InvalidInput, match="monotone"):
         merged(StreamRequest(inputs=[1], monotone=True), max_risk="0.05")
+
+
+RAW = (b"content-type", b"application/octet-stream")
+HEADER = (b"x-latency-budget-ms", b"7")
+
+
+@pytest.mark.parametrize(
+    ("query", "headers", "body", "budget_ms"),
+    [
+        (b"latency_budget_ms=5&path=4", [RAW], b"", 5),
+        (b"latency_budget_ms=5", [RAW, HEADER], None, 5),
+        (b"path=4", [RAW, HEADER], None, 7),
+        (b"path=4", [RAW], None, None),
+        (b"latency_budget_ms=0", [RAW], None, None),  # to be refused by whoever reads it
+        (b"nonsense=1", [RAW], None, None),
+        (b"", [], b'{"inputs": [1], "latency_budget_ms": 5}', 5),
+        (b"", [HEADER], b'{"latency_budget_ms":5e1,"inputs":[1]}', 50),
+        (b"latency_budget_ms=5", [], b'{"inputs": [1]}', None),  # not read there
+        (b"", [HEADER], b'{"inputs": [1]}', 7),
+        (b"", [HEADER], None, None),  # the body may say something else
+        (b"", [], b'{"latency_budget_ms": null}', None),
+        (b"", [], b'{"latency_budget_ms": -5}', None),
+        (b"", [], b'{"latency_budget_ms": 5', None),
+        (b"", [], b'{"a": "latency_budget_ms", "latency_budget_ms": 5}', None),
+        (b"", [(b"content-encoding", b"gzip")], b'{"latency_budget_ms": 5}', None),
+        (b"", [], b'{"inputs": [' + b"1," * (1 << 17) + b'1], "latency_budget_ms": 5}', None),
+    ],
+)
+def test_a_budget_is_glimpsed_where_it_shows_and_nothing_is_guessed(
+    query: bytes, headers: list[tuple[bytes, bytes]], body: bytes | None, budget_ms: float | None
+) -> None:
+    assert glimpsed_budget_ms(query, headers, None if body is None else bytearray(body)) == budget_ms
+
+
+@given(
+    st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5)),
+    st.floats(1e-6, 1e9),
+    st.sampled_from((None, 2)),
+)
+def test_of_any_json_the_budget_is_what_a_parser_finds(
+    others: dict[str, object], budget_ms: float, indent: int | None
+) -> None:
+    body = json.dumps({**others, "latency_budget_ms": budget_ms}, indent=indent)
+    assert glimpsed_budget_ms(b"", [], bytearray(body, "utf-8")) == budget_ms

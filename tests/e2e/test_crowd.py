@@ -1,0 +1,105 @@
+"""Many requests at once, at a real server: it is stopped while they come, so that it finds all of them in one turn."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.conftest import LiveServer, Trained, start_server
+
+CROWD = 60
+TARGET = "/v1/models/digits/predict"
+JSON = {"inputs": np.zeros((1, 28, 28)).tolist()}
+RAW = np.zeros((28, 28), "<f4").tobytes()
+
+
+@pytest.fixture(scope="module")
+def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    live = start_server(trained.models, tmp_path_factory.mktemp("crowd"), {"HBLL_ACCESS_LOG": "1"})
+    yield live
+    assert live.stop() in (0, -signal.SIGTERM)
+
+
+@pytest.fixture
+def connections(server: LiveServer) -> Iterator[list[HTTPConnection]]:
+    url = httpx.URL(server.url)
+    with ExitStack() as stack:
+        opened = [HTTPConnection(url.host, url.port, timeout=60) for _ in range(CROWD)]
+        for connection in opened:
+            stack.callback(connection.close)
+            connection.connect()
+        yield opened
+
+
+def ask(server: LiveServer, connections: list[HTTPConnection], budget_ms: float, *, raw: bool) -> list[HTTPResponse]:
+    """One request on each connection, all in one turn of the server's loop."""
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        for number, connection in enumerate(connections):
+            headers = {"X-Request-Id": f"crowd-{number}"}
+            if raw:
+                target = f"{TARGET}?latency_budget_ms={budget_ms}"
+                connection.request("POST", target, RAW, headers | {"Content-Type": "application/octet-stream"})
+            else:
+                body = json.dumps(JSON | {"latency_budget_ms": budget_ms})
+                connection.request("POST", TARGET, body, headers | {"Content-Type": "application/json"})
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    return [connection.getresponse() for connection in connections]
+
+
+def refusals(server: LiveServer) -> float:
+    text = httpx.get(f"{server.url}/metrics").text
+    found = re.search(r'^hbll_refusals_total\{code="deadline_expired"\} (\S+)', text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_who_is_late_is_refused_unread_and_keeps_the_connection(
+    server: LiveServer, connections: list[HTTPConnection], raw: bool
+) -> None:
+    before = refusals(server)
+    unread = 0
+    for number, response in enumerate(ask(server, connections, 0.001, raw=raw)):
+        answer = json.loads(response.read())
+        assert (response.status, answer["code"]) == (504, "deadline_expired")
+        assert response.headers["X-Request-Id"] == f"crowd-{number}"
+        unread += "for the server to read it" in answer["error"]
+    assert CROWD / 2 < unread < CROWD  # the first of each turn are begun with
+    assert refusals(server) == before + CROWD
+    for response in ask(server, connections, 60_000, raw=raw):
+        assert response.status == 200, response.read()
+        response.read()
+    assert httpx.get(f"{server.url}/metrics").text.count("hbll_unread_requests 0.0") == 1
+
+
+def test_the_access_log_has_who_was_refused_unread(server: LiveServer, connections: list[HTTPConnection]) -> None:
+    for response in ask(server, connections, 0.001, raw=True):
+        response.read()
+    lines = [json.loads(line) for line in Path(server.log).read_text().splitlines() if '"crowd-' in line]
+    latest = lines[-CROWD:]
+    assert {line["request_id"] for line in latest} == {f"crowd-{number}" for number in range(CROWD)}
+    assert {(line["method"], line["status"]) for line in latest} == {("POST", 504)}
+
+
+def test_a_crowd_that_leaves_costs_nothing_and_nobody_else_is_disturbed(
+    server: LiveServer, connections: list[HTTPConnection]
+) -> None:
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        for connection in connections:
+            connection.request("POST", f"{TARGET}?depth=1", RAW, {"Content-Type": "application/octet-stream"})
+            connection.close()
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert httpx.post(f"{server.url}{TARGET}", json=JSON).status_code == 200
+    assert httpx.get(f"{server.url}/health/ready").status_code == 200

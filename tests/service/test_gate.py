@@ -1,0 +1,113 @@
+"""Requests in a crowd: in what order they begin, and who is refused unread."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.gate import Gate, Pace
+
+Kind = Literal["in time", "late", "gone"]
+
+
+@dataclass
+class Request:
+    """Writes down what becomes of it, and in which turn of the loop."""
+
+    kind: Kind
+    turn: list[int]
+    begun: int | None = None
+    refused: int | None = None
+
+    @property
+    def gone(self) -> bool:
+        return self.kind == "gone"
+
+    def due_s(self) -> float:
+        return 0.0 if self.kind == "late" else math.inf
+
+    def begin(self) -> None:
+        assert self.begun is None
+        self.begun = self.turn[0]
+
+    def refuse(self) -> None:
+        assert self.refused is None
+        self.refused = self.turn[0]
+
+
+@dataclass
+class Crowd:
+    """Some requests that come at once."""
+
+    kinds: list[Kind]
+    turn: list[int] = field(default_factory=lambda: [0])
+    requests: list[Request] = field(default_factory=list)
+
+    def play(self) -> Gate:
+        gate = Gate()
+
+        async def come() -> None:
+            for kind in self.kinds:
+                self.requests.append(Request(kind, self.turn))
+                gate.enter(self.requests[-1])
+            while gate.waiting():
+                self.turn[0] += 1
+                await asyncio.sleep(0)
+
+        asyncio.run(come())
+        return gate
+
+
+@given(st.lists(st.sampled_from(["in time", "late", "gone"]), max_size=60))
+def test_a_crowd_begins_in_order_a_few_in_each_turn_of_the_loop(kinds: list[Kind]) -> None:
+    crowd = Crowd(kinds)
+    gate = crowd.play()
+    assert gate.waiting() == 0
+    # Who need not wait begins whatever its budget: what is too late then is for the app to say.
+    for place, request in enumerate(crowd.requests):
+        assert (request.begun is not None) == (place < 8 or request.kind == "in time")
+        assert (request.refused is not None) == (place >= 8 and request.kind == "late")
+    turns = [request.begun for request in crowd.requests if request.begun is not None]
+    assert turns == sorted(turns)
+    served = [request.begun if request.begun is not None else request.refused for request in crowd.requests]
+    assert all(served.count(turn) <= 8 for turn in set(served) - {None})
+
+
+def test_who_would_be_late_by_what_answers_take_is_refused() -> None:
+    gate, turn = Gate(), [0]
+    for took_s in (0.1, 0.2, 0.3, 9.0):
+        gate.pace.answered(took_s)
+
+    @dataclass
+    class Due(Request):
+        at_s: float = 0.0
+
+        def due_s(self) -> float:
+            return self.at_s
+
+    requests = [Due("in time", turn, at_s=time.monotonic() + left_s) for left_s in [0.0] * 8 + [0.25, 60.0]]
+
+    async def come() -> None:
+        for request in requests:
+            gate.enter(request)
+        await asyncio.sleep(0)
+
+    asyncio.run(come())
+    assert [request.refused is None for request in requests] == [True] * 8 + [False, True]
+
+
+def test_the_pace_is_that_of_the_latest_answers() -> None:
+    pace = Pace()
+    assert pace.takes_s == 0  # until something is known
+    for _ in range(64):
+        pace.answered(5.0)
+    assert pace.takes_s == 5
+    for took_s in range(64):
+        pace.answered(took_s / 64)
+    assert pace.takes_s == 47 / 64
