@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -27,6 +27,10 @@ from service.tracing import Timed
 
 _HUNG_RATIO = 100
 """A run that takes so many times what it was expected to is no slow one."""
+
+
+_MOST_GUESSES = 8
+"""Of the smallest budget that can be met: each passes all rows that were due by the one before."""
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +131,17 @@ class Dispatch:
         """The answers that such a request could expect if it came now, on the engine's clock."""
         free_s = self.running.expected_end_s if self.running is not None else -math.inf
         return self._scheduler.policies[model].foresee(wish, rows, max(self._clock(), free_s))
+
+    def feasible_s(self, model: ServedModel, wish: Wish, rows: int) -> float:
+        """The earliest deadline that could be met, or that of `wish` if it can. A later deadline lets more rows go first,
+        so what is expected by one is asked for as the next, until that is met."""
+        by_s = -math.inf
+        for _ in range(_MOST_GUESSES):
+            by_s = self.foresee(model, wish, rows)[0].by_s
+            if wish.deadline_s is not None and by_s <= wish.deadline_s:
+                return wish.deadline_s
+            wish = replace(wish, deadline_s=by_s)
+        return by_s
 
     def learn_of_refusal(self, model: ServedModel) -> None:
         """An idle server that refuses must not go on doing so because of how slow it once was."""

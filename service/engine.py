@@ -13,19 +13,17 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
 
-from service.answers import Answer, OnAnswer, RowAnswer
+from service.answers import Answer, OnAnswer
 from service.audits import Audits
+from service.delivery import Delivery, infeasible
 from service.dispatch import Dispatch, Ended, Run, Turn
 from service.drift import DriftWatch
 from service.errors import (
-    DeadlineExpired,
-    DeadlineInfeasible,
     InferenceFailed,
     NotReady,
     QueueFull,
@@ -38,13 +36,9 @@ from service.policy.wish import StoppedBy, Wish
 from service.repository import ServedModel
 from service.runtime import Output, Rows
 from service.tickets import Ticket, TicketRow
-from service.tracing import Timed
 from service.worker import Worker, WorkerDied
 
 logger = logging.getLogger(__name__)
-
-_MOST_GUESSES = 8
-"""Of the smallest budget that can be met: each passes all rows that were due by the one before."""
 
 _ON_LOOP_S = 0.001
 """A run that takes no longer, for the only request there is, runs on the event loop: the way to the inference thread and
@@ -76,6 +70,7 @@ class Engine:
     clock: Callable[[], float] = time.monotonic
     _dispatch: Dispatch = field(init=False)
     _audits: Audits = field(init=False)
+    _delivery: Delivery = field(init=False)
     _drift: dict[ServedModel, DriftWatch] = field(default_factory=dict)
     _retiring: set[ServedModel] = field(default_factory=set)
     _tickets: set[Ticket] = field(default_factory=set)
@@ -93,6 +88,7 @@ class Engine:
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(self.clock, self.hung_s)
         self._audits = Audits(self._order.__next__, self.clock)
+        self._delivery = Delivery(self._dispatch, self.metrics, self._on_final)
         self.metrics.queue_rows.set_function(self._dispatch.waiting)
 
     @property
@@ -198,10 +194,10 @@ class Engine:
         self._require_policy(model)
         now = self.clock()
         if wish.strict and wish.deadline_s is not None:
-            by_s = self._feasible_s(model, wish, len(x))
+            by_s = self._dispatch.feasible_s(model, wish, len(x))
             if by_s > wish.deadline_s:
                 self._dispatch.learn_of_refusal(model)
-                raise _infeasible(wish.deadline_s, by_s, arrived_s)
+                raise infeasible(wish.deadline_s, by_s, arrived_s)
         wish, audited = self._drift[model].admit(wish)
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         ticket = Ticket(model, arrived_s, done, [None] * len(x), on_answer, [] if self.trace else None)
@@ -225,22 +221,11 @@ class Engine:
                 if waits.audited and ticket.answers[waits.index] is None and done.cancelled():
                     self._audits.cut_short(waits)  # whoever leaves may do so because it takes long
                     self._happened.set()
-            self._leave(ticket)
+            self._delivery.leave(ticket)
             raise
         finally:
             self._tickets.discard(ticket)
             ticket.rows.clear()  # which have the ticket: nothing is left for the garbage collector
-
-    def _feasible_s(self, model: ServedModel, wish: Wish, rows: int) -> float:
-        """The earliest deadline that could be met, or that of `wish` if it can. A later deadline lets more rows go first,
-        so what is expected by one is asked for as the next, until that is met."""
-        by_s = -math.inf
-        for _ in range(_MOST_GUESSES):
-            by_s = self.foresee(model, wish, rows)[0].by_s
-            if wish.deadline_s is not None and by_s <= wish.deadline_s:
-                return wish.deadline_s
-            wish = replace(wish, deadline_s=by_s)
-        return by_s
 
     def _require_policy(self, model: ServedModel) -> None:
         if model not in self._drift:
@@ -346,11 +331,11 @@ class Engine:
         self._ended = self._dispatch.finish(run, output, ran_s)
         self.metrics.of(self.metrics.profile_ratio, *run.model.labels).observe(self._ended.took_s / run.batch.expected_s)
         if overflowed := self._ended.overflowed:
-            self._fail(overflowed, InferenceFailed("the model overflowed on this input: its answer is no number"))
+            self._delivery.fail(overflowed, InferenceFailed("the model overflowed on this input: its answer is no number"))
 
     def _failed(self, run: Run) -> None:
         self._dispatch.failed()
-        self._fail(run.rows, InferenceFailed("the model could not be run on this; the server's log has the cause"))
+        self._delivery.fail(run.rows, InferenceFailed("the model could not be run on this; the server's log has the cause"))
 
     def _start_afresh(self) -> None:
         self._dispatch.failed()
@@ -401,71 +386,19 @@ class Engine:
 
     def _deliver(self, turn: Turn) -> None:
         """Let those who wait know what is decided, and what is known on the way."""
-        for decision in turn.decisions:
-            for row, stopped_by in cast(Sequence[tuple[TicketRow, StoppedBy]], decision.done):
-                self._answer(row, stopped_by, turn.decided_s)
-            for row in cast(Sequence[TicketRow], decision.expired):
-                self._fail([row], DeadlineExpired("the latency budget ran out in the queue, before any block had run"))
-            for row in cast(Sequence[TicketRow], decision.refused):
-                if row.ticket is not None:
-                    by_s = self._feasible_s(row.model, row.wish, 1)
-                    self._dispatch.learn_of_refusal(row.model)
-                    self._fail([row], _infeasible(row.deadline_s, by_s, row.ticket.arrived_s))
-        for row in self._ended.told if self._ended is not None else ():
-            ticket = row.ticket
-            if ticket is None or ticket.on_answer is None or ticket.done.done() or ticket.answers[row.index] is not None:
-                continue  # its client has gone, or was told already that this is the final one
-            assert row.latest is not None
-            ticket.on_answer(row.index, row.latest)
-        self._ended = None
+        ended, self._ended = self._ended, None
+        self._delivery.deliver(turn, ended.told if ended is not None else ())
         self._forget_retired()
 
-    def _answer(self, row: TicketRow, stopped_by: StoppedBy, decided_s: float) -> None:
-        """A row has its final answer."""
-        assert row.latest is not None
-        ticket = row.ticket
-        if ticket is not None and ticket.done.done():
-            return
+    def _on_final(self, row: TicketRow, stopped_by: StoppedBy) -> None:
         if (row.audited or row.audit is not None) and row.model not in self._retiring:
             self._audits.answered(row, stopped_by, self._drift[row.model])
             self._happened.set()
-        if ticket is None:
-            return
-        latest = row.latest
-        answer = RowAnswer(latest.label, latest.confidence, latest.probabilities, latest.path, stopped_by, latest.logits)
-        ticket.answers[row.index] = answer
-        self.metrics.of(self.metrics.answers, *row.model.labels, str(len(answer.path)), stopped_by).inc()
-        if ticket.on_answer is not None:
-            ticket.on_answer(row.index, answer)
-        answers = [answer for answer in ticket.answers if answer is not None]
-        if len(answers) == len(ticket.answers):
-            queue_s = ticket.queue_s or 0.0
-            self.metrics.of(self.metrics.queue_seconds, *row.model.labels).observe(queue_s)
-            self.metrics.of(self.metrics.compute_seconds, *row.model.labels).observe(ticket.compute_s)
-            spans = ticket.spans
-            if spans is not None:
-                spans.insert(0, Timed("queue", ticket.arrived_s, ticket.arrived_s + queue_s))
-            ticket.done.set_result(Answer(tuple(answers), queue_s, ticket.compute_s, decided_s, tuple(spans or ())))
 
     def _begin_audit(self) -> None:
         """Hand the oldest audit to its policy: nobody else needs the device, or it has waited long enough."""
         row = self._audits.take()
         self._dispatch.arrive(row, self.clock())
-
-    def _fail(self, rows: Iterable[TicketRow], error: ServiceError) -> None:
-        """Refuse the requests of these rows."""
-        for row in rows:
-            ticket = row.ticket
-            if ticket is None:
-                self._dispatch.leave(row)
-            elif not ticket.done.done():
-                ticket.done.set_exception(error)
-                self._leave(ticket)
-
-    def _leave(self, ticket: Ticket) -> None:
-        """Take all rows of a request out of the policy."""
-        for row in ticket.rows:
-            self._dispatch.leave(row)
 
     def _fail_all(self, error: ServiceError) -> None:
         """Refuse whatever is in flight, and start from nothing: a policy that failed is not trusted with its state."""
@@ -482,11 +415,3 @@ class Engine:
         for model in [each for each in self._retiring if self._dispatch.forget(each)]:
             self._retiring.discard(model)
             del self._drift[model]
-
-
-def _infeasible(deadline_s: float, by_s: float, arrived_s: float) -> DeadlineInfeasible:
-    smallest_ms = round(1000 * (by_s - arrived_s), 3)
-    return DeadlineInfeasible(
-        f"a budget of {1000 * (deadline_s - arrived_s):g} ms cannot be met now: expected at least {smallest_ms:g} ms",
-        smallest_feasible_budget_ms=smallest_ms,
-    )

@@ -93,8 +93,9 @@ class LatencyProfile:
         return table[rows] * self._ratios[rows.bit_length()].quantile + self._waits.quantile
 
     def likely_s(self, segment: Segment, rows: int) -> float:
-        """The median as of late."""
-        return self.typical_s(segment, rows) * self._window(rows).median + self._waits.median
+        """The median as of late, of at most the largest batch."""
+        table = self._typical.get(segment) or self._table(segment)
+        return table[rows] * self._ratios[rows.bit_length()].median + self._waits.median
 
     def latencies_s(self, segment: Segment, most: int) -> list[float]:
         """`latency_s` by number of rows, 0 to `most`, which is at most the largest batch."""
@@ -165,7 +166,7 @@ class LatencyProfile:
 
 
 class _Window:
-    """The latest values and a quantile of them; before there are any, what it began with."""
+    """The latest values, a quantile of them and their median; before there are any, what it began with."""
 
     def __init__(self, share: float, size: int = _WINDOW, quantile: float = 1.0) -> None:
         self._share = share
@@ -173,7 +174,7 @@ class _Window:
         self._initial = quantile
         self._latest: deque[float] = deque()
         self._sorted: list[float] = []
-        self.quantile = quantile
+        self.quantile = self.median = quantile
 
     def add(self, value: float) -> None:
         if len(self._latest) == self._size:
@@ -188,16 +189,11 @@ class _Window:
             self._latest.remove(self._sorted.pop())
             self._set_quantile()
 
-    @property
-    def median(self) -> float:
-        """Of the latest values."""
-        latest = self._sorted
-        return latest[len(latest) // 2] if latest else self._initial
-
     def _set_quantile(self) -> None:
         """Of few values not the largest."""
         latest = self._sorted
         self.quantile = latest[int(self._share * (len(latest) - 1))] if latest else self._initial
+        self.median = latest[len(latest) // 2] if latest else self._initial
 
 
 Run = Callable[[Segment, int, bool], object]

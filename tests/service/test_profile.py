@@ -250,3 +250,17 @@ def test_interpolation_is_that_of_the_measured_points() -> None:
     profile = LatencyProfile(fake_parts(batches=(1, 8), block_s=0.001))
     times = [profile.typical_s(ONE, rows) for rows in range(1, 9)]
     assert times == pytest.approx(np.full(8, 0.001))
+
+
+@given(st.lists(st.tuples(st.floats(0.5, 3.0), st.floats(0.0, 1.0)), min_size=1, max_size=49))
+@settings(max_examples=50)
+def test_what_is_likely_is_the_median_of_the_latest_runs(runs) -> None:
+    profile = LatencyProfile(PARTS)
+    typical_s = profile.typical_s(ONE, 4)
+    assert profile.likely_s(ONE, 4) == typical_s
+    for ratio, waited_s in runs:
+        profile.observe(ONE, 4, typical_s * ratio, waited_s)
+        profile.observe_send(waited_s)
+    ratio, waited_s = (sorted(values)[len(runs) // 2] for values in zip(*runs, strict=True))
+    assert profile.likely_s(ONE, 4) == pytest.approx(typical_s * ratio + waited_s)
+    assert profile.likely_send_s == waited_s
