@@ -39,6 +39,10 @@ class Unread(Protocol):
         """Its budget would run out."""
         ...
 
+    def forget(self) -> None:
+        """Its client has gone."""
+        ...
+
 
 class Pace:
     """What an answer takes as of late, from when its request begins."""
@@ -91,6 +95,7 @@ class Gate:
         while self._waiting and self._begun < _AT_ONCE:
             request = self._waiting.popleft()
             if request.gone:
+                request.forget()
                 continue
             self._begun += 1
             if request.due_s() < answered_s:

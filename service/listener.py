@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.access import HEADER, id_of, log_request
 from service.errors import (
+    ClientGone,
     DeadlineExpired,
     HeadersTooLarge,
     MalformedRequest,
@@ -206,11 +207,13 @@ class BoundedConnection(HttpToolsProtocol):
     def refuse_unread(self, cycle: RequestResponseCycle, error: ServiceError) -> None:
         """Answer a request without the app. The connection stays, if its client keeps it and sends the body in any case."""
         close = not cycle.keep_alive or cycle.waiting_for_100_continue
-        given = next((value for name, value in cycle.scope["headers"] if name == _HEADER), None)
-        state = cycle.scope["state"] | {"request_id": id_of(given), "bytes_in": len(cycle.body)}
-        self._tell(error, state, cycle.scope["method"], close=close)
+        self._tell(error, _known_of(cycle), cycle.scope["method"], close=close)
         cycle.response_started = cycle.response_complete = True  # of a body that is still to come nothing is kept
         self.on_response_complete()
+
+    def forget(self, cycle: RequestResponseCycle) -> None:
+        """A client left before the app heard of its request."""
+        self._note(ClientGone("the client closed the connection"), _known_of(cycle), cycle.scope["method"], 0)
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's, for what is no HTTP."""
@@ -240,9 +243,12 @@ class BoundedConnection(HttpToolsProtocol):
         self.transport.write(STATUS_LINE[error.status] + f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         if close:
             self.transport.close()
+        self._note(error, state, method, len(body))
+
+    def _note(self, error: ServiceError, state: dict[str, Any], method: str | None, bytes_out: int) -> None:
         self.metrics.refusals.labels(error.code).inc()
         if self.log:
-            log_request(state | {"status": error.status, "bytes_out": len(body)}, method, None)
+            log_request(state | {"status": error.status, "bytes_out": bytes_out}, method, None)
 
     def _stop_waiting(self) -> None:
         if self._late is not None:
@@ -280,7 +286,17 @@ class _Unread:
         text = f"the latency budget would run out: the request waited {waited_ms:.0f} ms for the server to read it"
         self._connection.refuse_unread(self._cycle, DeadlineExpired(text))
 
+    def forget(self) -> None:
+        """See `Unread`."""
+        self._connection.forget(self._cycle)
+
     @property
     def _arrived_s(self) -> float:
         arrived_s: float = self._cycle.scope["state"]["arrived_s"]
         return arrived_s
+
+
+def _known_of(cycle: RequestResponseCycle) -> dict[str, Any]:
+    """What the access log tells of a request that no app has seen."""
+    given = next((value for name, value in cycle.scope["headers"] if name == _HEADER), None)
+    return cycle.scope["state"] | {"request_id": id_of(given), "bytes_in": len(cycle.body)}

@@ -57,9 +57,9 @@ def ask(server: LiveServer, connections: list[HTTPConnection], budget_ms: float,
     return [connection.getresponse() for connection in connections]
 
 
-def refusals(server: LiveServer) -> float:
+def refusals(server: LiveServer, code: str) -> float:
     text = httpx.get(f"{server.url}/metrics").text
-    found = re.search(r'^hbll_refusals_total\{code="deadline_expired"\} (\S+)', text, re.MULTILINE)
+    found = re.search(rf'^hbll_refusals_total\{{code="{code}"\}} (\S+)', text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
@@ -67,7 +67,7 @@ def refusals(server: LiveServer) -> float:
 def test_who_is_late_is_refused_unread_and_keeps_the_connection(
     server: LiveServer, connections: list[HTTPConnection], raw: bool
 ) -> None:
-    before = refusals(server)
+    before = refusals(server, "deadline_expired")
     unread = 0
     for number, response in enumerate(ask(server, connections, 0.001, raw=raw)):
         answer = json.loads(response.read())
@@ -75,7 +75,7 @@ def test_who_is_late_is_refused_unread_and_keeps_the_connection(
         assert response.headers["X-Request-Id"] == f"crowd-{number}"
         unread += "for the server to read it" in answer["error"]
     assert CROWD / 2 < unread < CROWD  # the first of each turn are begun with
-    assert refusals(server) == before + CROWD
+    assert refusals(server, "deadline_expired") == before + CROWD
     for response in ask(server, connections, 60_000, raw=raw):
         assert response.status == 200, response.read()
         response.read()
@@ -91,15 +91,33 @@ def test_the_access_log_has_who_was_refused_unread(server: LiveServer, connectio
     assert {(line["method"], line["status"]) for line in latest} == {("POST", 504)}
 
 
-def test_a_crowd_that_leaves_costs_nothing_and_nobody_else_is_disturbed(
+def test_a_crowd_that_leaves_is_counted_and_nobody_else_is_disturbed(
     server: LiveServer, connections: list[HTTPConnection]
 ) -> None:
+    before = refusals(server, "client_gone")
     server.process.send_signal(signal.SIGSTOP)
     try:
         for connection in connections:
-            connection.request("POST", f"{TARGET}?depth=1", RAW, {"Content-Type": "application/octet-stream"})
+            connection.request("POST", f"{TARGET}?depth=best", RAW, {"Content-Type": "application/octet-stream"})
             connection.close()
     finally:
         server.process.send_signal(signal.SIGCONT)
     assert httpx.post(f"{server.url}{TARGET}", json=JSON).status_code == 200
-    assert httpx.get(f"{server.url}/health/ready").status_code == 200
+    assert refusals(server, "client_gone") > before + CROWD / 2  # the first may have been answered before it showed
+
+
+def test_a_crowd_that_came_before_sigterm_is_answered(trained: Trained, tmp_path: Path) -> None:
+    live = start_server(trained.models, tmp_path)
+    url = httpx.URL(live.url)
+    connections = [HTTPConnection(url.host, url.port, timeout=60) for _ in range(CROWD)]
+    for connection in connections:
+        connection.connect()
+    live.process.send_signal(signal.SIGSTOP)
+    for connection in connections:
+        connection.request("POST", f"{TARGET}?depth=1", RAW, {"Content-Type": "application/octet-stream"})
+    live.process.send_signal(signal.SIGTERM)
+    live.process.send_signal(signal.SIGCONT)
+    assert {connection.getresponse().status for connection in connections} == {200}
+    for connection in connections:
+        connection.close()
+    assert live.process.wait(timeout=30) == 0

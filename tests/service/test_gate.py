@@ -24,6 +24,7 @@ class Request:
     turn: list[int]
     begun: int | None = None
     refused: int | None = None
+    forgotten: bool = False
 
     @property
     def gone(self) -> bool:
@@ -39,6 +40,10 @@ class Request:
     def refuse(self) -> None:
         assert self.refused is None
         self.refused = self.turn[0]
+
+    def forget(self) -> None:
+        assert not self.forgotten
+        self.forgotten = True
 
 
 @dataclass
@@ -73,6 +78,7 @@ def test_a_crowd_begins_in_order_a_few_in_each_turn_of_the_loop(kinds: list[Kind
     for place, request in enumerate(crowd.requests):
         assert (request.begun is not None) == (place < 8 or request.kind == "in time")
         assert (request.refused is not None) == (place >= 8 and request.kind == "late")
+        assert request.forgotten == (place >= 8 and request.kind == "gone")
     turns = [request.begun for request in crowd.requests if request.begun is not None]
     assert turns == sorted(turns)
     served = [request.begun if request.begun is not None else request.refused for request in crowd.requests]
