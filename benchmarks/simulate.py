@@ -274,8 +274,11 @@ def _validate(world: World, against: Path) -> None:
             row.append(" / ".join(f"{share:.1f}" for share in shares))
         table.add_row(cell, *row)
     console.print(table)
-    apart = sum(abs(each.measured - each.simulated) > _ALIKE for each in compared)
-    console.print(f"{apart} of {len(compared)} replays are more than {100 * _ALIKE:g} points apart")
+    apart = 100 * np.array([each.simulated - each.measured for each in compared])
+    console.print(
+        f"{np.sum(abs(apart) > 100 * _ALIKE)} of {len(compared)} replays are more than {100 * _ALIKE:g} points apart, "
+        f"{np.mean(abs(apart)):.1f} on average; simulated less measured: {np.mean(apart):+.1f} on average"
+    )
 
 
 def split_names(text: str) -> list[str]:
