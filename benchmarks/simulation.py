@@ -160,7 +160,7 @@ def simulate(
             depth[row.order] = len(row.answered)
             right[row.order] = outcomes.right[row.answered][row.image]
             latency[row.order] = done_s + hardware.wire_s / 2 - sent[row.order]
-            server.pace.answered(done_s - row.begun_s)
+            server.pace.answered(asked_s, done_s - row.begun_s)
             server.offer.profile.observe_send(done_s - now)
         counts["answered"] += len(decision.done)
         counts["expired"] += len(decision.expired)
@@ -206,7 +206,7 @@ def simulate(
         server = fleet[index]
         due_s = arrives[position] + asked_s
         seen_s = max(arrives[position], server.loop_s)
-        if seen_s > arrives[position] and due_s < seen_s + server.pace.takes_s:  # as in `service.gate`
+        if seen_s > arrives[position] and due_s < seen_s + server.pace.takes_s(asked_s):  # as in `service.gate`
             counts["refused"] += 1
             server.occupy(seen_s, hardware.refuse_s)
             position += 1

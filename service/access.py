@@ -111,9 +111,10 @@ class Access:
             log_request(scope["state"] | found, scope["method"], route)
 
 
-def note_answer(request: Request, answer: Answer, *, deadline_met: bool | None) -> None:
-    """Let the access log know how the engine answered."""
-    request.scope["state"].update(answer=answer, deadline_met=deadline_met)
+def note_answer(request: Request, answer: Answer, *, deadline_met: bool | None, budget_ms: float | None = None) -> None:
+    """Let the access log know how the engine answered, and `service.listener` to what budget, if that says how long an
+    answer takes."""
+    request.scope["state"].update(answer=answer, deadline_met=deadline_met, budget_ms=budget_ms)
 
 
 def id_of(given: bytes | None) -> str:

@@ -27,8 +27,13 @@ class Unread(Protocol):
         """Its client is."""
         ...
 
-    def due_s(self) -> float:
-        """When its budget ends, on the monotonic clock; infinity if it has none, or none that can be seen yet."""
+    @property
+    def arrived_s(self) -> float:
+        """When it did, on the monotonic clock; its budget runs from then."""
+        ...
+
+    def budget_s(self) -> float | None:
+        """Its budget; none if it has none, or none that can be seen yet."""
         ...
 
     def begin(self) -> None:
@@ -45,19 +50,24 @@ class Unread(Protocol):
 
 
 class Pace:
-    """What an answer takes as of late, from when its request begins."""
+    """What answers take as of late, from when their requests begin.
+
+    A request is measured by answers to budgets that are not longer than its own: who may wait for long, or go deep, says
+    nothing about those who may not.
+    """
 
     def __init__(self) -> None:
-        self._took_s: deque[float] = deque(maxlen=_LATEST)
+        self._latest: deque[tuple[float, float]] = deque(maxlen=_LATEST)
 
-    def answered(self, took_s: float) -> None:
-        """A request was answered so long after it began."""
-        self._took_s.append(took_s)
+    def answered(self, budget_s: float, took_s: float) -> None:
+        """A request with this budget was answered so long after it began."""
+        self._latest.append((budget_s, took_s))
 
-    @property
-    def takes_s(self) -> float:
-        """The 0.75 quantile: refused are those of whom most would be late."""
-        return sorted(self._took_s)[int(_SHARE * (len(self._took_s) - 1))] if self._took_s else 0.0
+    def takes_s(self, budget_s: float) -> float:
+        """What a request with this budget takes, the 0.75 quantile: refused are those of whom most would be late. Zero
+        while nothing is known."""
+        took_s = sorted([took_s for of_s, took_s in self._latest if of_s <= budget_s])
+        return took_s[int(_SHARE * (len(took_s) - 1))] if took_s else 0.0
 
 
 class Gate:
@@ -91,14 +101,15 @@ class Gate:
         if not self._waiting:
             return
         asyncio.get_running_loop().call_soon(self._next_turn)
-        answered_s = time.monotonic() + self.pace.takes_s
+        now_s = time.monotonic()
         while self._waiting and self._begun < _AT_ONCE:
             request = self._waiting.popleft()
             if request.gone:
                 request.forget()
                 continue
             self._begun += 1
-            if request.due_s() < answered_s:
+            budget_s = request.budget_s()
+            if budget_s is not None and request.arrived_s + budget_s < now_s + self.pace.takes_s(budget_s):
                 request.refuse()
             else:
                 request.begin()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import socket
 import ssl
 import time
@@ -143,7 +142,8 @@ class BoundedConnection(HttpToolsProtocol):
         self._in_head = True
         self._unparsed_bytes = 0  # since the last request
         self._began_s = 0.0  # when the first of them came
-        self._begun_s = 0.0  # when the app was called; 0 while it has nothing to do for this connection
+        self._begun: RequestResponseCycle | None = None  # the request that the app has, and since when
+        self._begun_s = 0.0
         self._late: asyncio.TimerHandle | None = self.loop.call_later(self.header_timeout_s, self._on_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -194,14 +194,16 @@ class BoundedConnection(HttpToolsProtocol):
 
     def begin(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Hand a request to the app."""
-        self._begun_s = time.monotonic()
+        self._begun, self._begun_s = cycle, time.monotonic()
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """uvicorn's: the next request of the connection may begin."""
-        if self._begun_s:
-            self.gate.pace.answered(time.monotonic() - self._begun_s)
-            self._begun_s = 0.0
+        if self._begun is not None:
+            budget_ms = self._begun.scope["state"].get("budget_ms")  # see `service.access.note_answer`
+            if budget_ms is not None:
+                self.gate.pace.answered(budget_ms / 1000, time.monotonic() - self._begun_s)
+            self._begun = None
         super().on_response_complete()
 
     def refuse_unread(self, cycle: RequestResponseCycle, error: ServiceError) -> None:
@@ -269,12 +271,18 @@ class _Unread:
         """See `Unread`."""
         return self._cycle.disconnected
 
-    def due_s(self) -> float:
+    @property
+    def arrived_s(self) -> float:
+        """See `Unread`."""
+        arrived_s: float = self._cycle.scope["state"]["arrived_s"]
+        return arrived_s
+
+    def budget_s(self) -> float | None:
         """See `Unread`."""
         scope = self._cycle.scope
         body = None if self._cycle.more_body else self._cycle.body
         budget_ms = glimpsed_budget_ms(scope["query_string"], scope["headers"], body)
-        return math.inf if budget_ms is None else self._arrived_s + budget_ms / 1000
+        return None if budget_ms is None else budget_ms / 1000
 
     def begin(self) -> None:
         """See `Unread`."""
@@ -282,18 +290,13 @@ class _Unread:
 
     def refuse(self) -> None:
         """See `Unread`."""
-        waited_ms = 1000 * (time.monotonic() - self._arrived_s)
+        waited_ms = 1000 * (time.monotonic() - self.arrived_s)
         text = f"the latency budget would run out: the request waited {waited_ms:.0f} ms for the server to read it"
         self._connection.refuse_unread(self._cycle, DeadlineExpired(text))
 
     def forget(self) -> None:
         """See `Unread`."""
         self._connection.forget(self._cycle)
-
-    @property
-    def _arrived_s(self) -> float:
-        arrived_s: float = self._cycle.scope["state"]["arrived_s"]
-        return arrived_s
 
 
 def _known_of(cycle: RequestResponseCycle) -> dict[str, Any]:

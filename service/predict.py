@@ -72,7 +72,7 @@ async def answer_call(request: Request, ctx: Context, call: Call, x: Rows, *, pr
     count_answered(ctx.metrics, call, total_s)
     learn_send(call, answer)
     trace(ctx, request, call, answer.spans, 200)
-    note_answer(request, answer, deadline_met=call.deadline_met(total_s))
+    note_answer(request, answer, deadline_met=call.deadline_met(total_s), budget_ms=call.budget_ms)
     # A plain dict, serialised here: validating our own answer, once or as FastAPI would twice, costs more than the rest.
     content = {
         "model": served.name,

@@ -102,7 +102,7 @@ async def infer(request: Request) -> Response:
     count_answered(ctx.metrics, call, total_s)
     learn_send(call, answer)
     trace(ctx, request, call, answer.spans, 200)
-    note_answer(request, answer, deadline_met=call.deadline_met(total_s))
+    note_answer(request, answer, deadline_met=call.deadline_met(total_s), budget_ms=call.budget_ms)
     header = {
         "model_name": served.name,
         "model_version": str(served.version),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,8 +29,10 @@ class Request:
     def gone(self) -> bool:
         return self.kind == "gone"
 
-    def due_s(self) -> float:
-        return 0.0 if self.kind == "late" else math.inf
+    arrived_s: float = 0.0
+
+    def budget_s(self) -> float | None:
+        return 0.0 if self.kind == "late" else None
 
     def begin(self) -> None:
         assert self.begun is None
@@ -88,16 +89,17 @@ def test_a_crowd_begins_in_order_a_few_in_each_turn_of_the_loop(kinds: list[Kind
 def test_who_would_be_late_by_what_answers_take_is_refused() -> None:
     gate, turn = Gate(), [0]
     for took_s in (0.1, 0.2, 0.3, 9.0):
-        gate.pace.answered(took_s)
+        gate.pace.answered(10.0, took_s)
 
     @dataclass
-    class Due(Request):
-        at_s: float = 0.0
+    class Asks(Request):
+        budget: float = 60.0
 
-        def due_s(self) -> float:
-            return self.at_s
+        def budget_s(self) -> float:
+            return self.budget
 
-    requests = [Due("in time", turn, at_s=time.monotonic() + left_s) for left_s in [0.0] * 8 + [0.25, 60.0]]
+    now_s = time.monotonic()
+    requests = [Asks("in time", turn, arrived_s=now_s - waited_s) for waited_s in [60.0] * 8 + [59.75, 0.0]]
 
     async def come() -> None:
         for request in requests:
@@ -110,10 +112,20 @@ def test_who_would_be_late_by_what_answers_take_is_refused() -> None:
 
 def test_the_pace_is_that_of_the_latest_answers() -> None:
     pace = Pace()
-    assert pace.takes_s == 0  # until something is known
+    assert pace.takes_s(1.0) == 0  # until something is known
     for _ in range(64):
-        pace.answered(5.0)
-    assert pace.takes_s == 5
+        pace.answered(1.0, 5.0)
+    assert pace.takes_s(1.0) == 5
     for took_s in range(64):
-        pace.answered(took_s / 64)
-    assert pace.takes_s == 47 / 64
+        pace.answered(1.0, took_s / 64)
+    assert pace.takes_s(1.0) == 47 / 64
+
+
+def test_who_may_wait_for_long_says_nothing_about_who_may_not() -> None:
+    pace = Pace()
+    for _ in range(10):
+        pace.answered(0.05, 0.01)
+        pace.answered(30.0, 20.0)
+    assert pace.takes_s(0.05) == 0.01
+    assert pace.takes_s(0.01) == 0
+    assert pace.takes_s(60.0) == 20
