@@ -95,6 +95,12 @@ class TrainConfig(Section):
         None, ge=1, description="blocks of the one network that bp or cffm trains; none: cffm trains all, bp must have it"
     )
     hbll_share: float = Field(0.1, ge=0, le=1, description="hbll+chains: the share of the budget that HBLL steps take")
+    chains: int = Field(
+        1,
+        ge=1,
+        description="hbll+chains and chains: sampled paths of a step. Of several the ladder has half of the rows, the "
+        "others share the rest",
+    )
     budget: float = Field(
         390, gt=0, description="block evaluations per training image (one: a block forward and backward on one row)"
     )

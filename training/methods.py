@@ -20,14 +20,14 @@ from training.model import Family
 from training.objective import (
     Step,
     chain_evaluations,
-    chain_step,
+    chains_step,
     contrastive_step,
     hbll_evaluations,
     hbll_probability,
     hbll_step,
     ladder_step,
     path_step,
-    sample_chain,
+    sample_chains,
     sample_path,
 )
 
@@ -77,11 +77,12 @@ def _hbll_as_published(context: Context, x: Tensor, y: Tensor) -> Step:
 
 
 def _mixed(context: Context, x: Tensor, y: Tensor, share: float) -> Step:
-    """An HBLL step, as often as gives these `share` of the work, or a sampled chain."""
-    tree, rng = context.family.tree, context.rng
+    """An HBLL step, as often as gives these `share` of the work, or sampled chains."""
+    tree, rng, team = context.family.tree, context.rng, context.team
     if rng.random() < hbll_probability(tree, share):
         return _hbll(context, x, y)
-    return chain_step(context.family, sample_chain(tree, rng), x, y)
+    chains = sample_chains(tree, rng, context.settings.chains, len(x) * team.data_ranks)
+    return chains_step(context.family, chains, x, y, team=team)
 
 
 def _mixed_evaluations(tree: Tree, share: float) -> float:
@@ -118,7 +119,7 @@ METHODS: dict[MethodName, Method] = {
         divided_by=("data", "tree"),
     ),
     "chains": Method(
-        "backpropagation through one sampled path a step, with every exit on the way",
+        "backpropagation through sampled paths, one or `train.chains` a step, with every exit on the way",
         lambda context, x, y: _mixed(context, x, y, share=0),
         lambda _, tree: chain_evaluations(tree),
     ),

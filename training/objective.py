@@ -6,7 +6,9 @@ and returns the loss with the work done, in block evaluations (one block forward
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,10 +28,11 @@ CONTRAST_MARGINS = 0.4, 0.1
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`loss`: the batch's scalar loss, detached. `evaluations`: block evaluations spent on it."""
+    """`loss`: the batch's scalar loss, detached. `evaluations`: block evaluations spent on it; of a rank of a team, those
+    of the whole batch divided by the number of its shares."""
 
     loss: Tensor
-    evaluations: int
+    evaluations: float
 
 
 def hbll_step(
@@ -139,20 +142,41 @@ def _local_losses(
 
 
 def chain_step(family: Family, path: Path, x: Tensor, y: Tensor) -> Step:
-    """Backpropagation through one path, with every exit that the path passes.
+    """Backpropagation through one path, with every exit that the path passes: see `chains_step`."""
+    return chains_step(family, [(path, slice(0, len(x)))], x, y)
+
+
+def chains_step(family: Family, chains: Iterable[tuple[Path, slice]], x: Tensor, y: Tensor, *, team: Team = ALONE) -> Step:
+    """Backpropagation through some paths, each for its rows of the batch, with every exit that a path passes.
 
     A node from which the head can be reached in one hop is an exit: `0 -> ... -> n -> N` is a valid path too, whose
     answer costs nothing more. The deepest exit learns the label; each shallower one half the label and half the
-    deepest exit's distribution (self-distillation, temperature 1). The loss is their plain sum.
+    deepest exit's distribution (self-distillation, temperature 1). A row's loss is their plain sum, the batch's the mean.
+
+    Args:
+        chains: each with its rows of the whole team's batch, as of `sample_chains`.
+        x: this rank's rows of it; `y` may have several labels for each, one after another.
     """
+    labels, rows = len(y) // len(x), len(x) * team.data_ranks
+    mine, loss, evaluations = team.rows(rows), torch.zeros((), device=x.device), 0
+    for path, of_path in chains:
+        evaluations += len(path) * (of_path.stop - of_path.start) * labels
+        first, last = (min(max(row, mine.start), mine.stop) - mine.start for row in (of_path.start, of_path.stop))
+        if first < last:
+            part = _chain_loss(family, path, x[first:last], y[first * labels : last * labels]) * ((last - first) / len(x))
+            part.backward()
+            loss += part.detach()
+    return Step(loss, evaluations / team.data_ranks)
+
+
+def _chain_loss(family: Family, path: Path, x: Tensor, y: Tensor) -> Tensor:
     *shallower, deepest = _exits(family, path, x)
     loss = F.cross_entropy(deepest, y)
     teacher = deepest.detach().log_softmax(dim=-1)
     for logits in shallower:
         distance = F.kl_div(logits.log_softmax(dim=-1), teacher, reduction="batchmean", log_target=True)
         loss = loss + 0.5 * F.cross_entropy(logits, y) + 0.5 * distance
-    loss.backward()
-    return Step(loss.detach(), len(path) * len(y))
+    return loss
 
 
 def ladder_step(family: Family, x: Tensor, y: Tensor) -> Step:
@@ -249,6 +273,20 @@ def hbll_probability(tree: Tree, share: float) -> float:
 def sample_chain(tree: Tree, rng: np.random.Generator) -> Path:
     """The ladder with probability 1/2, else a path as of `sample_path`."""
     return tree.ladder[-1] if rng.random() < 0.5 else sample_path(tree, rng)
+
+
+def sample_chains(tree: Tree, rng: np.random.Generator, count: int, rows: int) -> list[tuple[Path, slice]]:
+    """`count` chains for a batch, and the rows of it that take each.
+
+    One is that of `sample_chain`. Of several the ladder has half of the rows, and paths as of `sample_path` share the rest
+    equally: for each row that is the same on average, and a step's gradient varies less.
+    """
+    if count == 1:
+        return [(sample_chain(tree, rng), slice(0, rows))]
+    first = rows // 2
+    edges = [first + (rows - first) * place // (count - 1) for place in range(count)]
+    sampled = [(sample_path(tree, rng), slice(*edge)) for edge in itertools.pairwise(edges)]
+    return [(tree.ladder[-1], slice(0, first)), *sampled]
 
 
 def sample_path(tree: Tree, rng: np.random.Generator) -> Path:

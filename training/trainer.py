@@ -163,7 +163,7 @@ def train(
             if settings.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
-            progress = Progress(progress.steps + 1, progress.evaluations + step.evaluations * team.data_ranks)
+            progress = Progress(progress.steps + 1, progress.evaluations + round(step.evaluations * team.data_ranks))
 
             scores = None
             done = progress.evaluations / budget

@@ -32,6 +32,7 @@ def _config(method: str, batch: int, work: float, **settings: object) -> RunConf
 
 
 HBLL, CHAINS = _config("hbll", 32, 11), _config("hbll+chains", 32, 5)
+SEVERAL = _config("chains", 32, 5, chains=3)
 THIN = _config("hbll", 2, 11)
 """Two rows: with two trees of two ranks each, one rank of a tree has nothing to do for the root."""
 
@@ -55,8 +56,8 @@ def _process(*arguments: str, environment: dict[str, str] | None = None) -> subp
 
 @pytest.mark.parametrize(
     ("config", "size", "tree_ranks", "start"),
-    [(HBLL, 2, 2, _start), (CHAINS, 2, 1, _launch), (THIN, 4, 2, _start)],
-    ids=["tree", "data, by torchrun", "tree and data"],
+    [(HBLL, 2, 2, _start), (CHAINS, 2, 1, _launch), (SEVERAL, 2, 1, _start), (THIN, 4, 2, _start)],
+    ids=["tree", "data, by torchrun", "data, several chains", "tree and data"],
 )
 def test_ranks_give_the_losses_of_one_process(
     tmp_path: Path, digits: Dataset, config: RunConfig, size: int, tree_ranks: int, start: object

@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from family.tree import Tree
 from tests.conftest import SMALL_VIT
 from training.config import MlpConfig, ModelConfig, ResMlpConfig, VitConfig
+from training.distributed import Team
 from training.model import Family, build_family
 from training.objective import (
     CONTRAST_TEMPERATURE,
     chain_step,
+    chains_step,
     contrastive_loss,
     contrastive_step,
     hbll_probability,
@@ -26,6 +28,7 @@ from training.objective import (
     ladder_step,
     path_step,
     sample_chain,
+    sample_chains,
     sample_path,
 )
 
@@ -208,6 +211,73 @@ def test_chain_step_is_backpropagation_with_exits(batch: tuple[Tensor, Tensor], 
     got = _gradients(family)
     for name, gradient in _gradients(plain).items():
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+class Repeated(nn.Module):
+    """So many answers to each row, one after another: as of a GPT, which has a label for each position."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits.repeat_interleave(self.times, dim=0)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_several_chains_each_train_on_their_rows(labels: int) -> None:
+    """And two ranks, each with its half of the batch, find the halves of the same gradient."""
+    rng = torch.Generator().manual_seed(5)
+    rows = 12 // labels
+    x, y = torch.rand(rows, 28, 28, generator=rng), torch.randint(10, (12,), generator=rng)
+    whole, parts, *ranks = (build_family(SMALL_VIT, seed=3) for _ in range(4))
+    for family in (whole, parts, *ranks):
+        family.head = nn.Sequential(family.head, Repeated(labels))
+    chains = [((4, 6, 7), slice(0, rows // 2)), ((4,), slice(rows // 2, rows - 1)), ((2, 4, 5), slice(rows - 1, rows))]
+    step = chains_step(whole, chains, x, y)
+    loss = 0.0
+    for path, of_path in chains:
+        part = x[of_path]
+        family = copy.deepcopy(parts)
+        family.zero_grad()
+        loss += (
+            chain_step(family, path, part, y[of_path.start * labels : of_path.stop * labels]).loss.item() * len(part) / rows
+        )
+        for parameter, of_part in zip(parts.parameters(), family.parameters(), strict=True):
+            if of_part.grad is not None:
+                weighted = of_part.grad * len(part) / rows
+                parameter.grad = weighted if parameter.grad is None else parameter.grad + weighted
+    assert step.loss.item() == pytest.approx(loss, abs=1e-5)
+    assert step.evaluations == sum(len(path) * (of_path.stop - of_path.start) * labels for path, of_path in chains)
+    for got, expected in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, atol=1e-6, rtol=1e-4)
+    of_ranks = []
+    for rank, family in enumerate(ranks):
+        team = Team(rank, len(ranks))
+        mine = team.rows(rows)
+        of_labels = slice(mine.start * labels, mine.stop * labels)
+        of_ranks.append(chains_step(family, chains, x[mine], y[of_labels], team=team))
+    assert [each.evaluations for each in of_ranks] == [step.evaluations / 2] * 2
+    assert sum(each.loss.item() for each in of_ranks) / 2 == pytest.approx(step.loss.item(), abs=1e-5)
+    for got, *both in zip(whole.parameters(), *(family.parameters() for family in ranks), strict=True):
+        halves = [each.grad for each in both if each.grad is not None]
+        assert bool(halves) == (got.grad is not None)
+        if got.grad is not None:
+            torch.testing.assert_close(sum(halves) / 2, got.grad, atol=1e-6, rtol=1e-4)
+
+
+@given(st.integers(1, 9), st.integers(1, 200), st.integers(0, 2**32 - 1))
+def test_of_several_chains_the_ladder_has_half_and_all_rows_have_one(count: int, rows: int, seed: int) -> None:
+    tree = Tree(3)
+    chains = sample_chains(tree, np.random.default_rng(seed), count, rows)
+    assert len(chains) == count
+    assert [row for _, of_path in chains for row in range(rows)[of_path]] == [*range(rows)]
+    if count == 1:
+        assert chains[0][0] == sample_chain(tree, np.random.default_rng(seed))
+    else:
+        assert chains[0] == (tree.ladder[-1], slice(0, rows // 2))
+        sizes = [of_path.stop - of_path.start for _, of_path in chains[1:]]
+        assert max(sizes) - min(sizes) <= 1
 
 
 def test_gradients_add_up_over_steps(family: Family, batch: tuple[Tensor, Tensor]) -> None:
