@@ -250,9 +250,12 @@ class Engine:
         self._happened.clear()
         while self._audits.overdue(self.clock()):
             self._begin_audit()
-        turn, self._turn = self._turn or self._decide(), None
+        pending, self._turn = self._turn, None
+        turn = pending or self._decide()
         if (run := turn.run) is None:
             self._deliver(turn)
+            if pending is not None:
+                return  # who came since is still to be decided about
             del turn, run  # an idle engine holds on to no model that is forgotten
             if self._audits:
                 for _ in range(min(self.max_batch, len(self._audits))):

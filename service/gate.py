@@ -18,6 +18,10 @@ _AT_ONCE = 8
 
 _LATEST, _SHARE = 64, 0.75  # what an answer takes is this quantile of so many
 
+_MOST_OF_BUDGET = 0.5
+"""Nobody is refused who waited for less than the rest. Where there is time, answers take it, for more blocks; and right
+after a stall they took longer than they will."""
+
 
 class Unread(Protocol):
     """A request whose headers are there, and which waits to be read."""
@@ -64,10 +68,10 @@ class Pace:
         self._latest.append((budget_s, took_s))
 
     def takes_s(self, budget_s: float) -> float:
-        """What a request with this budget takes, the 0.75 quantile: refused are those of whom most would be late. Zero
-        while nothing is known."""
+        """What a request with this budget is to be begun before its end: the 0.75 quantile, as most of the others would be
+        late, and at most half of it. Zero while nothing is known."""
         took_s = sorted([took_s for of_s, took_s in self._latest if of_s <= budget_s])
-        return took_s[int(_SHARE * (len(took_s) - 1))] if took_s else 0.0
+        return min(took_s[int(_SHARE * (len(took_s) - 1))], _MOST_OF_BUDGET * budget_s) if took_s else 0.0
 
 
 class Gate:
@@ -109,7 +113,9 @@ class Gate:
                 continue
             self._begun += 1
             budget_s = request.budget_s()
-            if budget_s is not None and request.arrived_s + budget_s < now_s + self.pace.takes_s(budget_s):
+            # Of the first in a turn it is learned whether answers still take so long: if all were refused, none would be.
+            takes_s = 0.0 if budget_s is None or self._begun == 1 else self.pace.takes_s(budget_s)
+            if budget_s is not None and request.arrived_s + budget_s < now_s + takes_s:
                 request.refuse()
             else:
                 request.begin()

@@ -187,7 +187,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """uvicorn's, for every request whose headers are there. Probes, scrapes and pages do not wait behind a crowd."""
-        if cycle.scope["method"] == "POST":
+        if cycle.scope["method"] == "POST" and "refused" not in cycle.scope["state"]:
             self.gate.enter(_Unread(self, cycle, app))
         else:
             self.begin(cycle, app)
@@ -207,10 +207,9 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_response_complete()
 
     def refuse_unread(self, cycle: RequestResponseCycle, error: ServiceError) -> None:
-        """Answer a request without the app. The connection stays, if its client keeps it and sends the body in any case."""
-        close = not cycle.keep_alive or cycle.waiting_for_100_continue
-        self._tell(error, _known_of(cycle), cycle.scope["method"], close=close)
-        cycle.response_started = cycle.response_complete = True  # of a body that is still to come nothing is kept
+        """Answer a whole request without the app. The connection stays, if its client keeps it."""
+        self._tell(error, _known_of(cycle), cycle.scope["method"], close=not cycle.keep_alive)
+        cycle.response_started = cycle.response_complete = True
         self.on_response_complete()
 
     def forget(self, cycle: RequestResponseCycle) -> None:
@@ -269,7 +268,7 @@ class _Unread:
     @property
     def gone(self) -> bool:
         """See `Unread`."""
-        return self._cycle.disconnected
+        return self._cycle.disconnected or self._connection.transport.is_closing()
 
     @property
     def arrived_s(self) -> float:
@@ -278,10 +277,11 @@ class _Unread:
         return arrived_s
 
     def budget_s(self) -> float | None:
-        """See `Unread`."""
+        """See `Unread`. While the body is still to come it is the app's matter how long that takes."""
         scope = self._cycle.scope
-        body = None if self._cycle.more_body else self._cycle.body
-        budget_ms = glimpsed_budget_ms(scope["query_string"], scope["headers"], body)
+        if self._cycle.more_body:
+            return None
+        budget_ms = glimpsed_budget_ms(scope["path"], scope["query_string"], scope["headers"], self._cycle.body)
         return None if budget_ms is None else budget_ms / 1000
 
     def begin(self) -> None:

@@ -120,15 +120,19 @@ def _read_query(query: bytes) -> QueryWishes:
         raise InvalidInput(describe(exc.errors()[0])) from exc
 
 
-def glimpsed_budget_ms(query: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytearray | None) -> float | None:
-    """The latency budget of a request as far as it shows before the `body` (none: it has not come) is decoded; none if it
-    does not. It decides who is refused unread, so what looks unusual shows none."""
+def glimpsed_budget_ms(
+    path: str, query: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes | bytearray
+) -> float | None:
+    """The latency budget of a request to `/v1` as far as it shows before its `body` is decoded; none if it does not. It
+    decides who is refused unread, so what looks unusual shows none."""
     headers = list(headers)
     known = dict(headers)
+    if not path.startswith("/v1/") or not path.endswith(("/predict", "/predict/stream")) or b"content-encoding" in known:
+        return None
     try:
         if is_read(known.get(b"content-type", b"").decode("latin-1"), (OCTETS,), unnamed=False):
             return with_headers(with_query(query), headers).latency_budget_ms
-        if body is None or b"content-encoding" in known or len(body) > _LONGEST_SOUGHT or body.count(_BUDGET) > 1:
+        if len(body) > _LONGEST_SOUGHT or body.count(_BUDGET) > 1 or b"\\u" in body:
             return None
         place = body.find(_BUDGET)
         if place < 0:

@@ -799,3 +799,21 @@ def test_versions_of_a_model_are_counted_apart() -> None:
             assert [b.metric("hbll_answers_total", version="2", depth=depth) for depth in ("1", "2")] == [0, 2]
 
     run(test)
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_who_comes_just_after_a_request_that_is_too_late_does_not_wait_for_the_next_one(turns: int) -> None:
+    """Bug found: nothing was to be run for the late one alone, and so the engine went to sleep on whoever came meanwhile."""
+
+    async def test() -> None:
+        async with bench() as b:
+            late = b.ask(0.1, budget_s=-1.0)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            other = b.ask(0.1)
+            answer = await asyncio.wait_for(other, 30)
+            assert [row.path for row in answer.rows] == [(1, 2, 3, 4, 5, 6, 7)]
+            with pytest.raises(DeadlineExpired):
+                await late
+
+    run(test)

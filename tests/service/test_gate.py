@@ -99,7 +99,8 @@ def test_who_would_be_late_by_what_answers_take_is_refused() -> None:
             return self.budget
 
     now_s = time.monotonic()
-    requests = [Asks("in time", turn, arrived_s=now_s - waited_s) for waited_s in [60.0] * 8 + [59.75, 0.0]]
+    waited = [60.0] * 8 + [59.75, 59.75, 0.0]  # the first in a turn is judged by its budget alone
+    requests = [Asks("in time", turn, arrived_s=now_s - waited_s) for waited_s in waited]
 
     async def come() -> None:
         for request in requests:
@@ -107,25 +108,67 @@ def test_who_would_be_late_by_what_answers_take_is_refused() -> None:
         await asyncio.sleep(0)
 
     asyncio.run(come())
-    assert [request.refused is None for request in requests] == [True] * 8 + [False, True]
+    assert [request.refused is None for request in requests] == [True] * 8 + [True, False, True]
+
+
+def test_a_stall_does_not_shut_the_gate_for_those_who_ask_again_at_once() -> None:
+    """Bug found: all were refused by what answers had taken during the stall, so there were no others to learn from."""
+    gate, refused = Gate(), []
+    for _ in range(64):
+        gate.pace.answered(60.0, 100.0)
+
+    @dataclass
+    class Client(Request):
+        def budget_s(self) -> float:
+            return 60.0
+
+        def begin(self) -> None:
+            gate.pace.answered(60.0, 0.001)
+            again.append(self)
+
+        def refuse(self) -> None:
+            refused.append(self.turn[0])
+            again.append(self)
+
+    again: list[Client] = []
+    turn = [0]
+    clients = [Client("in time", turn, arrived_s=time.monotonic() - 40.0) for _ in range(50)]
+
+    async def come() -> None:
+        for client in clients:
+            gate.enter(client)
+        for turn[0] in range(300):
+            await asyncio.sleep(0)
+            while again:
+                gate.enter(again.pop())
+
+    asyncio.run(come())
+    assert len(refused) > 50
+    assert max(refused) < 100
 
 
 def test_the_pace_is_that_of_the_latest_answers() -> None:
     pace = Pace()
-    assert pace.takes_s(1.0) == 0  # until something is known
+    assert pace.takes_s(60.0) == 0  # until something is known
     for _ in range(64):
-        pace.answered(1.0, 5.0)
-    assert pace.takes_s(1.0) == 5
+        pace.answered(60.0, 5.0)
+    assert pace.takes_s(60.0) == 5
     for took_s in range(64):
-        pace.answered(1.0, took_s / 64)
-    assert pace.takes_s(1.0) == 47 / 64
+        pace.answered(60.0, took_s / 64)
+    assert pace.takes_s(60.0) == 47 / 64
 
 
 def test_who_may_wait_for_long_says_nothing_about_who_may_not() -> None:
     pace = Pace()
     for _ in range(10):
         pace.answered(0.05, 0.01)
-        pace.answered(30.0, 20.0)
+        pace.answered(50.0, 20.0)
     assert pace.takes_s(0.05) == 0.01
     assert pace.takes_s(0.01) == 0
     assert pace.takes_s(60.0) == 20
+
+
+def test_nobody_is_refused_who_waited_for_less_than_half_of_the_budget() -> None:
+    pace = Pace()
+    pace.answered(1.0, 0.9)
+    assert pace.takes_s(1.0) == 0.5
