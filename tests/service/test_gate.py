@@ -168,7 +168,7 @@ def test_who_may_wait_for_long_says_nothing_about_who_may_not() -> None:
     assert pace.takes_s(60.0) == 20
 
 
-def test_nobody_is_refused_who_waited_for_less_than_half_of_the_budget() -> None:
+def test_nobody_is_refused_who_waited_for_less_than_a_quarter_of_the_budget() -> None:
     pace = Pace()
     pace.answered(1.0, 0.9)
-    assert pace.takes_s(1.0) == 0.5
+    assert pace.takes_s(1.0) == 0.75
