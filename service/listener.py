@@ -39,6 +39,8 @@ _HEADER = HEADER.lower().encode()
 
 _ACCEPTED_AT_ONCE = 16  # connections
 
+_HEARD_OUT_S = 1.0  # at most so long connections are accepted after SIGTERM, where one after another comes
+
 
 class BadCertificate(Exception):
     """The certificate, its key or the authorities cannot be loaded."""
@@ -107,7 +109,17 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, and end when all that is open has, or has had its time."""
-        await asyncio.gather(self._drain(), super().shutdown(sockets))
+        await asyncio.gather(self._drain(), self._shutdown_http(sockets))
+
+    async def _shutdown_http(self, sockets: list[socket.socket] | None) -> None:
+        """uvicorn's shutdown, once who came before it is accepted and read: it would reset their connections."""
+        until_s = time.monotonic() + _HEARD_OUT_S
+        known: set[object] | None = None
+        while known is None or (self.server_state.connections - known and time.monotonic() < until_s):
+            known = set(self.server_state.connections)
+            for _ in range(4):  # turns of the loop: to accept, to tell the protocol, to read
+                await asyncio.sleep(0)
+        await super().shutdown(sockets)
 
 
 def bounded_connection(settings: Settings, counted: Metrics) -> type[BoundedConnection]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from http.client import HTTPConnection, HTTPResponse
@@ -106,18 +107,26 @@ def test_a_crowd_that_leaves_is_counted_and_nobody_else_is_disturbed(
     assert refusals(server, "client_gone") > before + CROWD / 2  # the first may have been answered before it showed
 
 
-def test_a_crowd_that_came_before_sigterm_is_answered(trained: Trained, tmp_path: Path) -> None:
-    live = start_server(trained.models, tmp_path)
-    url = httpx.URL(live.url)
-    connections = [HTTPConnection(url.host, url.port, timeout=60) for _ in range(CROWD)]
-    for connection in connections:
-        connection.connect()
-    live.process.send_signal(signal.SIGSTOP)
-    for connection in connections:
-        connection.request("POST", f"{TARGET}?depth=1", RAW, {"Content-Type": "application/octet-stream"})
-    live.process.send_signal(signal.SIGTERM)
-    live.process.send_signal(signal.SIGCONT)
-    assert {connection.getresponse().status for connection in connections} == {200}
-    for connection in connections:
-        connection.close()
-    assert live.process.wait(timeout=30) == 0
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_crowd_that_came_before_sigterm_is_answered(trained: Trained, tmp_path: Path, accepted: bool) -> None:
+    with ExitStack() as stack:
+        live = start_server(trained.models, tmp_path)
+        stack.callback(live.process.kill)
+        url = httpx.URL(live.url)
+        connections = [HTTPConnection(url.host, url.port, timeout=60) for _ in range(CROWD)]
+        for connection in connections:
+            stack.callback(connection.close)
+        if accepted:
+            for connection in connections:
+                connection.request("GET", "/v2/health/live")
+                connection.getresponse().read()
+        live.process.send_signal(signal.SIGSTOP)
+        for connection in connections:  # which the kernel takes, if they are to be opened
+            connection.request("POST", f"{TARGET}?depth=1", RAW, {"Content-Type": "application/octet-stream"})
+        live.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)  # uvicorn looks every 0.1 s whether it is to end: now it does at once
+        live.process.send_signal(signal.SIGCONT)
+        assert {connection.getresponse().status for connection in connections} == {200}
+        for connection in connections:
+            connection.close()
+        assert live.process.wait(timeout=30) == 0
