@@ -1,16 +1,17 @@
 """A discrete-event simulation of servers that run a policy: simulated time, real policy code, real outcomes.
 
 A server is what the engine is: a bounded queue, one inference at a time, and beside that an event loop, which does one
-thing after another in the order in which they come: it reads requests, hears that runs have ended and asks the policy what
-to do then, and sends answers. So what comes in a burst waits unseen until the loop gets round to it. How long runs take
-comes from a measured latency profile, and what each input is answered at each path from the recorded outcomes of a real
-bundle. Requests have one row each.
+thing after another: in each of its turns it hears whether the run has ended and asks the policy what to do then, sends
+answers, and reads as many requests as `service.gate` lets begin. So what comes in a burst waits unseen until the loop gets
+round to it. How long runs take comes from a measured latency profile, and what each input is answered at each path from the
+recorded outcomes of a real bundle. Requests have one row each.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from benchmarks.shares import Shares
 from family.tree import Path
-from service.gate import Pace
+from service.gate import AT_ONCE, Pace
 from service.policy.state import Batch, Offer, Policy, Row
 from service.policy.wish import Wish
 
@@ -66,6 +67,7 @@ class Hardware:
 @dataclass(slots=True, eq=False)
 class _Request(Row):
     begun_s: float = 0.0
+    answered_s: float = 0.0
     image: int = 0
     server: int = 0
 
@@ -79,14 +81,17 @@ class Report(Shares):
 
 
 class _Server:
-    """`loop_s`: until when its event loop is busy."""
+    """`loop_s`: until when its event loop is busy. `turn_s`: when its next turn is, as far as that is known. `unread`: the
+    requests that wait for one. `asked`: whether some were read since the policy was asked, which idles."""
 
     def __init__(self, policy: Policy, offer: Offer, contention: float) -> None:
         self.policy, self.offer = policy, offer
         self._contention = contention
         self.running: Batch | None = None
         self.start_s = self.ran_s = self.ends_s = self.loop_s = 0.0
-        self.wake_s = math.inf
+        self.turn_s = math.inf
+        self.unread: deque[int] = deque()
+        self.asked = False
         self.pace = Pace()
 
     def occupy(self, now_s: float, took_s: float) -> float:
@@ -99,8 +104,9 @@ class _Server:
 
     @property
     def load(self) -> int:
-        """Rows that wait or run."""
-        return self.policy.waiting() + (len(self.running.rows) if self.running is not None else 0)
+        """Requests that wait, and rows that run."""
+        running = len(self.running.rows) if self.running is not None else 0
+        return len(self.unread) + self.policy.waiting() + running
 
 
 def simulate(
@@ -132,27 +138,23 @@ def simulate(
     report = Report(budget_s, np.zeros(count, np.int16), np.zeros(count, np.bool_), np.full(count, np.inf))
     depth, right, latency = report.depth, report.right, report.latency_s
     counts = {"answered": 0, "expired": 0, "refused": 0, "full": 0}
-    events: list[tuple[float, int, int]] = []  # time, number, server: a run's end, a wake-up, a decision to be made
+    events: list[tuple[float, int, int]] = []  # time, number, server: a turn of its loop
     number = 0
     sent = arrivals_s.tolist()
     arrives = (arrivals_s + hardware.wire_s / 2).tolist()
     asked_s = budget_s - hardware.wire_s
 
-    def push(at_s: float, index: int) -> None:
-        nonlocal number
-        number += 1
-        heapq.heappush(events, (at_s, number, index))
-
-    def settle(server: _Server, index: int, now: float) -> None:
+    def settle(server: _Server, now: float) -> None:
         """Ask the policy what to do, now that the device is free."""
-        decision = server.policy.decide(now)
+        crowded = len(server.unread) > AT_ONCE
+        decision = server.policy.decide(now, crowded=crowded)
         batch = decision.batch
+        server.asked = crowded and batch is None and server.policy.waiting() > 0
         if batch is not None:
             typical_s = server.offer.profile.typical_s(batch.segment, len(batch.rows))
             server.running, server.start_s = batch, now
-            server.ran_s = typical_s * noise[(number + 1) & 4095]
+            server.ran_s = typical_s * noise[number & 4095]
             server.ends_s = now + server.ran_s + hardware.hop_s
-            push(server.ends_s, index)
         for row, _ in decision.done:
             assert isinstance(row, _Request)
             assert row.answered is not None
@@ -160,27 +162,18 @@ def simulate(
             depth[row.order] = len(row.answered)
             right[row.order] = outcomes.right[row.answered][row.image]
             latency[row.order] = done_s + hardware.wire_s / 2 - sent[row.order]
-            server.pace.answered(asked_s, done_s - row.begun_s)
+            server.pace.answered(asked_s, (row.answered_s - row.begun_s) + (done_s - now))
             server.offer.profile.observe_send(done_s - now)
         counts["answered"] += len(decision.done)
         counts["expired"] += len(decision.expired)
         counts["refused"] += len(decision.refused)
         server.occupy(now, hardware.send_s * (len(decision.expired) + len(decision.refused)))
-        if batch is None:
-            wake = server.policy.wake_s()
-            if wake < math.inf and wake != server.wake_s:
-                server.wake_s = wake
-                push(wake, index)
 
-    def happens(at_s: float, index: int) -> None:
-        server = fleet[index]
+    def hear(server: _Server, now: float) -> None:
+        """The run has ended."""
         batch = server.running
-        if batch is None:
-            settle(server, index, max(at_s, server.loop_s))
-            return
-        if at_s < server.ends_s:
-            return  # a wake-up while it runs
-        now = server.occupy(at_s, hardware.decide_s)
+        assert batch is not None
+        now = server.occupy(now, hardware.decide_s)
         server.running = None
         waited_s = max(0.0, now - server.start_s - server.ran_s)
         server.offer.profile.observe(batch.segment, len(batch.rows), server.ran_s, waited_s)
@@ -189,14 +182,58 @@ def simulate(
             for row in batch.rows
             if isinstance(row, _Request)
         ]
+        for row in batch.rows:
+            if row.answered is None and isinstance(row, _Request):
+                row.answered_s = now
         server.policy.finished(batch, confidences, now)
-        settle(server, index, now)
+        settle(server, now)
+
+    def read(server: _Server, first: bool) -> None:
+        """The request that waits longest, if it has the time: of the first in a turn its budget alone is asked, as in
+        `service.gate`."""
+        at = server.unread.popleft()
+        due_s, begun_s = arrives[at] + asked_s, max(arrives[at], server.loop_s)
+        if due_s < begun_s + (0.0 if first else server.pace.takes_s(asked_s)):
+            counts["refused"] += 1
+            server.occupy(begun_s, hardware.refuse_s)
+            return
+        now = server.occupy(begun_s, hardware.read_s)
+        if server.policy.waiting() >= max_queue_rows:
+            counts["full"] += 1
+            return
+        server.policy.arrive(_Request(Wish(deadline_s=due_s), now, at, begun_s=begun_s, image=images[at]), now)
+        server.asked = True
+
+    def turn(server: _Server, now: float) -> None:
+        if server.running is not None and server.ends_s <= now:
+            hear(server, now)
+        elif server.running is None and (server.asked or server.policy.wake_s() <= now):
+            settle(server, now)
+        for begun in range(min(AT_ONCE, len(server.unread))):
+            read(server, begun == 0)
+
+    def plan(server: _Server, index: int) -> None:
+        """When the next turn is: when there is something to do, and the loop has done what it does."""
+        nonlocal number
+        if server.unread or (server.asked and server.running is None):
+            next_s = server.loop_s
+        elif server.running is not None:
+            next_s = max(server.loop_s, server.ends_s)
+        else:
+            next_s = max(server.loop_s, server.policy.wake_s())
+        if next_s < math.inf:
+            number += 1
+            heapq.heappush(events, (next_s, number, index))
+        server.turn_s = next_s
 
     position = 0
     while position < count or events:
-        if events and (position == count or events[0][0] <= arrives[position]):
+        if events and (position == count or events[0][0] < arrives[position]):
             at_s, _, index = heapq.heappop(events)
-            happens(at_s, index)
+            server = fleet[index]
+            if at_s == server.turn_s:
+                turn(server, at_s)
+                plan(server, index)
             continue
         index = first[position]
         if servers > 1:
@@ -204,21 +241,10 @@ def simulate(
             if fleet[other].load < fleet[index].load:
                 index = other
         server = fleet[index]
-        due_s = arrives[position] + asked_s
-        seen_s = max(arrives[position], server.loop_s)
-        if seen_s > arrives[position] and due_s < seen_s + server.pace.takes_s(asked_s):  # as in `service.gate`
-            counts["refused"] += 1
-            server.occupy(seen_s, hardware.refuse_s)
-            position += 1
-            continue
-        now = server.occupy(seen_s, hardware.read_s)
-        if server.policy.waiting() >= max_queue_rows:
-            counts["full"] += 1
-        else:
-            row = _Request(Wish(deadline_s=due_s), now, position, begun_s=seen_s, image=images[position])
-            server.policy.arrive(row, now)
-            if server.running is None:
-                push(now, index)  # when it has read what else came meanwhile
+        server.unread.append(position)
+        server.loop_s = max(server.loop_s, arrives[position])
+        if server.turn_s > server.loop_s:
+            plan(server, index)
         position += 1
     report.counts = counts
     return report

@@ -39,12 +39,13 @@ OnAnswer = Callable[[int, RowAnswer], None]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A request's answer: one entry per row in the order they came, and where its time went. It was final at `decided_s`
-    on the engine's clock. `spans` only for traces."""
+    """A request's answer: one entry per row in the order they came, and where its time went. All rows had some answer at
+    `answered_s` on the engine's clock, and it was final at `decided_s`. `spans` only for traces."""
 
     rows: tuple[RowAnswer, ...]
     queue_s: float
     compute_s: float
+    answered_s: float
     decided_s: float
     spans: tuple[Timed, ...] = ()
 

@@ -26,6 +26,7 @@ from service.description import complete
 from service.direct import DirectRoutes
 from service.engine import Engine
 from service.errors import ServiceError
+from service.gate import Gate
 from service.keys import OPEN_PATHS, KeyCheck, Keys
 from service.limits import LimitBody
 from service.metrics import Metrics
@@ -66,11 +67,13 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     repository = repository or open_repository(settings)
     metrics = Metrics()
     tracer = open_tracer()
+    gate = Gate()
     engine = Engine(
         metrics,
         max_batch=settings.max_batch,
         max_queue_rows=settings.max_queue_rows,
         reserve_s=settings.reserve_ms / 1000,
+        unread=gate.waiting,
         trace=tracer is not None,
     )
 
@@ -107,6 +110,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     )
     app.state.context = context
     app.state.metrics = metrics
+    app.state.gate = gate
     # Tried in order: first those that answer.
     for router in (predict.router, predict.stream_router, oip_infer.router):
         app.include_router(router)

@@ -80,7 +80,8 @@ class Delivery:
             spans = ticket.spans
             if spans is not None:
                 spans.insert(0, Timed("queue", ticket.arrived_s, ticket.arrived_s + queue_s))
-            ticket.done.set_result(Answer(tuple(answers), queue_s, ticket.compute_s, decided_s, tuple(spans or ())))
+            times_s = queue_s, ticket.compute_s, ticket.answered_s, decided_s
+            ticket.done.set_result(Answer(tuple(answers), *times_s, tuple(spans or ())))
 
 
 def infeasible(deadline_s: float, by_s: float, arrived_s: float) -> DeadlineInfeasible:

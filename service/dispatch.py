@@ -149,10 +149,10 @@ class Dispatch:
         if model.profile is not None and idle and not self.waiting():
             model.profile.relax()
 
-    def decide(self) -> Turn:
-        """What to do now that the device is free."""
+    def decide(self, *, crowded: bool) -> Turn:
+        """What to do now that the device is free. `crowded`: see `Policy.decide`."""
         now = self._clock()
-        decisions, model, batch = self._scheduler.decide(now)
+        decisions, model, batch = self._scheduler.decide(now, crowded=crowded)
         turn = Turn(decisions, now, self._clock() - now)
         if batch is not None and model is not None:
             hung_after_s = max(self._hung_s, _HUNG_RATIO * batch.expected_s)
@@ -203,6 +203,8 @@ class Dispatch:
             row.state = None if output.state is None else output.state[place]
             if ends[place]:
                 assert output.logits is not None
+                if row.latest is None and row.ticket is not None:
+                    row.ticket.answered_s = now
                 row.latest = RowAnswer(
                     labels[place], confidences[place], probabilities[place], row.target, None, output.logits[place]
                 )

@@ -57,6 +57,7 @@ class Engine:
         max_queue_rows: rows that may wait; a request that does not fit is refused.
         reserve_s: time kept back from every budget to build and send the answer.
         hung_s: the least time after which a run is taken for hung, in real time.
+        unread: how many requests wait to be read.
         trace: whether answers carry the spans of their requests.
         clock: monotonic seconds.
     """
@@ -65,6 +66,7 @@ class Engine:
     max_batch: int
     max_queue_rows: int
     reserve_s: float
+    unread: Callable[[], int] = lambda: 0
     hung_s: float = 10.0
     trace: bool = False
     clock: Callable[[], float] = time.monotonic
@@ -260,6 +262,8 @@ class Engine:
             if self._audits:
                 for _ in range(min(self.max_batch, len(self._audits))):
                     self._begin_audit()
+            elif self._dispatch.waiting() and self.unread():
+                await asyncio.sleep(0)  # whoever waits does so only until the crowd is read
             else:
                 await self._wait(self._dispatch.wake_s())
             return
@@ -306,7 +310,7 @@ class Engine:
         return not self._audits
 
     def _decide(self) -> Turn:
-        turn = self._dispatch.decide()
+        turn = self._dispatch.decide(crowded=self.unread() > 0)
         self.metrics.decision_seconds.observe(turn.thought_s)
         if turn.run is not None:
             labels = turn.run.model.labels

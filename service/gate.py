@@ -13,7 +13,7 @@ import time
 from collections import deque
 from typing import Protocol
 
-_AT_ONCE = 8
+AT_ONCE = 8
 """How many begin before the loop turns to what else there is: measured from 2 to 128 (docs/scheduling.md)."""
 
 _LATEST, _SHARE = 64, 0.75  # what an answer takes is this quantile of so many
@@ -54,9 +54,8 @@ class Unread(Protocol):
 
 
 class Pace:
-    """What answers take as of late, from when their requests begin.
-
-    A request is measured by answers to budgets that are not longer than its own: who may wait for long, or go deep, says
+    """What answers take as of late, from when their requests begin; what some of them take to go deeper than they must does
+    not count. A request is measured by answers to budgets that are not longer than its own: who may wait for long says
     nothing about those who may not.
     """
 
@@ -64,7 +63,7 @@ class Pace:
         self._latest: deque[tuple[float, float]] = deque(maxlen=_LATEST)
 
     def answered(self, budget_s: float, took_s: float) -> None:
-        """A request with this budget was answered so long after it began."""
+        """A request with this budget had an answer so long after it began, the time to send it included."""
         self._latest.append((budget_s, took_s))
 
     def takes_s(self, budget_s: float) -> float:
@@ -86,12 +85,12 @@ class Gate:
         self._begun = 0  # in this turn of the loop
 
     def waiting(self) -> int:
-        """How many wait."""
+        """How many wait; those that begin at once never do."""
         return len(self._waiting)
 
     def enter(self, request: Unread) -> None:
         """A request begins now, or when it is its turn."""
-        if self._begun == _AT_ONCE or self._waiting:
+        if self._begun == AT_ONCE or self._waiting:
             self._waiting.append(request)
             return
         if not self._begun:
@@ -106,7 +105,7 @@ class Gate:
             return
         asyncio.get_running_loop().call_soon(self._next_turn)
         now_s = time.monotonic()
-        while self._waiting and self._begun < _AT_ONCE:
+        while self._waiting and self._begun < AT_ONCE:
             request = self._waiting.popleft()
             if request.gone:
                 request.forget()

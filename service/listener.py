@@ -56,7 +56,7 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        http=bounded_connection(settings, app.state.metrics),
+        http=bounded_connection(settings, app.state.metrics, app.state.gate),
         ws="none",
         workers=1,
         access_log=False,  # `service.access` writes it
@@ -122,8 +122,9 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def bounded_connection(settings: Settings, counted: Metrics) -> type[BoundedConnection]:
-    """The class of connections with these limits, whose refusals are `counted`: uvicorn makes the instances."""
+def bounded_connection(settings: Settings, counted: Metrics, passed: Gate) -> type[BoundedConnection]:
+    """The class of connections with these limits, whose refusals are `counted`: uvicorn makes the instances. Their requests
+    wait at the gate that is `passed`."""
 
     class Connection(BoundedConnection):
         max_header_bytes = settings.max_header_bytes
@@ -131,9 +132,9 @@ def bounded_connection(settings: Settings, counted: Metrics) -> type[BoundedConn
         header_timeout_s = settings.header_timeout_s
         metrics = counted
         log = settings.access_log
-        gate = Gate()
+        gate = passed
 
-    counted.unread_requests.set_function(Connection.gate.waiting)
+    counted.unread_requests.set_function(passed.waiting)
     return Connection
 
 
@@ -212,9 +213,10 @@ class BoundedConnection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """uvicorn's: the next request of the connection may begin."""
         if self._begun is not None:
-            budget_ms = self._begun.scope["state"].get("budget_ms")  # see `service.access.note_answer`
-            if budget_ms is not None:
-                self.gate.pace.answered(budget_ms / 1000, time.monotonic() - self._begun_s)
+            state = self._begun.scope["state"]  # see `service.access.note_answer`
+            if (budget_ms := state.get("budget_ms")) is not None:
+                deeper_s = state["answer"].decided_s - state["answer"].answered_s
+                self.gate.pace.answered(budget_ms / 1000, time.monotonic() - self._begun_s - deeper_s)
             self._begun = None
         super().on_response_complete()
 

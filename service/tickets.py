@@ -14,7 +14,7 @@ from service.tracing import Timed
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request in flight."""
+    """A request in flight. `answered_s`: when the latest of its rows' first answers was known."""
 
     model: ServedModel
     arrived_s: float
@@ -25,6 +25,7 @@ class Ticket:
     rows: list[TicketRow] = field(default_factory=list)
     queue_s: float | None = None
     compute_s: float = 0.0
+    answered_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ class TrainConfig(Section):
     )
     hbll_share: float = Field(0.1, ge=0, le=1, description="hbll+chains: the share of the budget that HBLL steps take")
     chains: int = Field(
-        1,
+        4,
         ge=1,
         description="hbll+chains and chains: sampled paths of a step. Of several the ladder has half of the rows, the "
         "others share the rest",
@@ -107,8 +107,8 @@ class TrainConfig(Section):
     seed: int = Field(
         0, ge=0, lt=2**32, description="of the initialisation, the order, the shifts, the chains and the noise"
     )
-    batch: int = Field(32, ge=1)
-    lr: float = Field(4e-3, gt=0, description="peak of AdamW's rate, after the warm-up and before the cosine to zero")
+    batch: int = Field(64, ge=1)
+    lr: float = Field(8e-3, gt=0, description="peak of AdamW's rate, after the warm-up and before the cosine to zero")
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
     nudge: float = Field(

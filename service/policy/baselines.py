@@ -65,7 +65,13 @@ class WholePaths(ABC):
         due_s: float = self._queue.keys[0][0]
         return due_s - now_s - self._offer.reserve_s - self._latency_s(self._offer.front[0], 1)
 
-    def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:  # noqa: ARG002 (baselines are selfish)
+    def decide(
+        self,
+        now_s: float,
+        spare_s: float = math.inf,  # noqa: ARG002 (baselines are selfish)
+        *,
+        crowded: bool = False,  # noqa: ARG002
+    ) -> Decision:
         """See `Policy`."""
         decision = self.settle(now_s, now_s)
         while self._queue and decision.batch is None:
@@ -187,9 +193,9 @@ class Aimd(Static):
         self._most = 1.0
         self._began_s = 0.0
 
-    def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
+    def decide(self, now_s: float, spare_s: float = math.inf, *, crowded: bool = False) -> Decision:
         """See `Policy`."""
-        decision = super().decide(now_s, spare_s)
+        decision = super().decide(now_s, spare_s, crowded=crowded)
         self._began_s = now_s
         return decision
 

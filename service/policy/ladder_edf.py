@@ -14,7 +14,9 @@ share a batch, and newcomers join in between. Whenever the device is free:
     row's confidence (`Offer.gain`); of first answers what the step after them puts right.
 3.  Rows that are not worth the device's time are answered at once (`service.policy.price`), and so are those that could
     not go deeper in time after the run that is about to begin.
-4.  If nothing else waits, rows without a wish go to the best path directly; and to a deeper one than the shallowest if that
+4.  While many requests wait to be read, nothing goes deeper: they are to have their first answers too, and reading takes
+    the longer the busier the device is.
+5.  If nothing else waits, rows without a wish go to the best path directly; and to a deeper one than the shallowest if that
     takes less time than one run for a first answer and another for those that are unsure then.
 """
 
@@ -111,10 +113,10 @@ class LadderEdf:
         """See `Policy`."""
         return self._first.spare_s(now_s, self._first.batches().values())
 
-    def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
+    def decide(self, now_s: float, spare_s: float = math.inf, *, crowded: bool = False) -> Decision:
         """See `Policy`."""
         decision = self.settle(now_s, now_s)
-        chosen = self._choose(now_s, spare_s) if self.waiting() else None
+        chosen = self._choose(now_s, spare_s, crowded) if self.waiting() else None
         if chosen is None:
             self._price.idle(now_s)
             return decision
@@ -158,28 +160,32 @@ class LadderEdf:
             steps.append(Step(target, by_s))
         return tuple(steps)
 
-    def _choose(self, now_s: float, spare_s: float) -> tuple[list[Row], Segment] | None:
+    def _choose(self, now_s: float, spare_s: float, crowded: bool) -> tuple[list[Row], Segment] | None:
         """The next batch, and how far it runs."""
         batches, deeper = self._first.batches(), None
         limit_s = min(spare_s, self._quantum_s())
-        if self._deeper.waiting.rows:
+        if self._deeper.waiting.rows and not crowded:
             deeper = self._deeper.best(now_s, min(limit_s, self._spare_for_deeper_s(now_s, batches)))
         if batches and (deeper is None or deeper.rate <= self._first.rate()):
-            return self._first_answers(now_s, limit_s, batches)
+            return self._first_answers(now_s, limit_s, batches, crowded)
         if deeper is not None:
             return self._join(deeper.take(), deeper.segment, now_s, deeper.limit_s, deeper.limit_s)
         if late := self._first.take_late(limit_s):
             return self._join(*late, now_s, limit_s, spare_s)
         return None
 
-    def _first_answers(self, now_s: float, limit_s: float, batches: dict[Segment, list[Due]]) -> tuple[list[Row], Segment]:
+    def _first_answers(
+        self, now_s: float, limit_s: float, batches: dict[Segment, list[Due]], crowded: bool
+    ) -> tuple[list[Row], Segment]:
         """The next batch of first answers, straight to a deeper path if that is as good."""
         rows, segment, left_s = self._first.take(now_s, batches)
-        path = straight(self._offer, self._price.per_second, rows, now_s, min(limit_s, left_s), alone=not self.waiting())
-        if path is not None:
-            for row in rows:
-                row.target = path
-            return rows, Segment(path, embed=True)
+        if not crowded:
+            limit_straight_s = min(limit_s, left_s)
+            path = straight(self._offer, self._price.per_second, rows, now_s, limit_straight_s, alone=not self.waiting())
+            if path is not None:
+                for row in rows:
+                    row.target = path
+                return rows, Segment(path, embed=True)
         return self._join(rows, segment, now_s, limit_s, left_s)
 
     def _spare_for_deeper_s(self, now_s: float, batches: dict[Segment, list[Due]]) -> float:

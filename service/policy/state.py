@@ -225,8 +225,9 @@ class Policy(Protocol):
         """The row's client has gone: it costs no further compute, and no decision tells of it."""
         ...
 
-    def decide(self, now_s: float, spare_s: float = math.inf) -> Decision:
-        """What to do now that the device is free; others would like to have it back after `spare_s`."""
+    def decide(self, now_s: float, spare_s: float = math.inf, *, crowded: bool = False) -> Decision:
+        """What to do now that the device is free; others would like to have it back after `spare_s`. `crowded`:
+        requests wait to be read, of which the policy knows nothing yet."""
         ...
 
     def settle(self, now_s: float, until_s: float) -> Decision:

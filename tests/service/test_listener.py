@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 from fastapi import FastAPI
 
 from benchmarks.live import free_port
+from service.gate import Gate
 from service.listener import BadCertificate, Server, server_config
 from service.metrics import Metrics
 from service.settings import Settings
@@ -29,7 +30,7 @@ def test_an_encrypted_key_needs_its_password_and_nobody_is_asked_for_it(tmp_path
     plain = load_pem_private_key(certificate.private_key_pem.bytes(), None)
     key.write_bytes(plain.private_bytes(Encoding.PEM, form, BestAvailableEncryption(b"right")))
     app = FastAPI()
-    app.state.metrics = Metrics()
+    app.state.metrics, app.state.gate = Metrics(), Gate()
     files = {"tls_cert": chain, "tls_key": key}
     assert server_config(app, Settings(**files, tls_key_password="right")).ssl is not None
     with pytest.raises(BadCertificate, match=r"key\.pem is encrypted: expected its password by tls_key_password"):
@@ -44,7 +45,7 @@ def test_who_connects_is_accepted_however_long_the_turns_of_the_loop_are() -> No
         "uvloop", reason="there is none for Windows, where asyncio's own loops accept all that wait"
     )
     app = FastAPI()
-    app.state.metrics = Metrics()
+    app.state.metrics, app.state.gate = Metrics(), Gate()
     port, open_then = free_port(), []
 
     async def nothing() -> None:

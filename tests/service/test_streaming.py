@@ -33,7 +33,7 @@ class Call:
             raise
         if self.error:
             raise self.error
-        return Answer((), 0.0, 0.0, 0.0)
+        return Answer((), 0.0, 0.0, 0.0, 0.0)
 
 
 def events(call: Call, counted: list[str]) -> AsyncGenerator[bytes]:

@@ -58,7 +58,7 @@ def test_two_methods_make_a_table_and_the_same_command_again_trains_nothing(tmp_
     table = (tmp_path / "comparison.md").read_text()
     line = next(line for line in table.splitlines() if line.startswith("| `exits` | work |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2:6] == ["2", "0.004", "3.0", "6"]  # seeds, rate, epochs of 2 evaluations an image, evaluations
+    assert cells[2:6] == ["2", "0.008", "3.0", "6"]  # seeds, rate, epochs of 2 evaluations an image, evaluations
     assert cells[6] == f"{statistics.mean(one_block):.1f} ± {statistics.stdev(one_block) / 2**0.5:.1f}"
     assert cells[8] == ""  # the ladder has no path of all blocks
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -191,5 +191,5 @@ def test_a_dry_run_prints_what_would_be_done_and_writes_nothing(tmp_path: Path) 
     assert result.exit_code == 0, result.output
     assert "width = 24" in result.output
     assert "# paths trained: 3 of 25" in result.output
-    assert "# work: 1,170,000 block evaluations, 3 a row on average; about 12,188 steps, 130.0 epochs" in result.output
+    assert "# work: 1,170,000 block evaluations, 3 a row on average; about 6,094 steps, 130.0 epochs" in result.output
     assert list(tmp_path.iterdir()) == []

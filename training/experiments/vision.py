@@ -31,8 +31,7 @@ def _model(scale: Scale) -> VitConfig:
 
 def _config(scale: Scale, method: MethodName, data: DataConfig, noise: float, **settings: object) -> RunConfig:
     settings = {"epochs": EPOCHS[scale], "noise": noise if method == "hbll-paper" else 0.0} | settings
-    if scale == "paper":
-        settings |= {"batch": 256, "lr": 5e-4}
+    settings |= {"batch": 256, "lr": 5e-4} if scale == "paper" else {"batch": 32, "lr": 4e-3}
     return run_config(_model(scale), data, method, **settings)  # type: ignore[arg-type]
 
 
@@ -73,7 +72,7 @@ def _by_depth(
         *(trial("bp", published.BP, [path], blocks=blocks) for path, blocks in published.LADDER_AND_FULL.items()),
         trial("cffm", published.CFFM, [*paths][-1:]),
         trial("hbll-paper", published.HBLL, paths),
-        trial("hbll+chains", "`hbll+chains`, equal work", paths, epochs=work / of_an_epoch),
+        trial("hbll+chains", "`hbll+chains`, equal work", paths, epochs=work / of_an_epoch, chains=1),
     )
     return Experiment(
         name=name,
