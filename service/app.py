@@ -33,7 +33,7 @@ from service.metrics import Metrics
 from service.oip import infer as oip_infer
 from service.oip import routes as oip_routes
 from service.oip.rpc.port import check_grpc, open_rpc
-from service.pauses import shorten_pauses, watch_pauses
+from service.pauses import collect_when_idle, shorten_pauses, watch_pauses
 from service.reload import watch_repository
 from service.repository import Repository, ServedModel, open_repository
 from service.responses import on_http_exception, on_service_error, on_validation_error
@@ -83,6 +83,8 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.rpc = await open_rpc(context)
         background = [asyncio.create_task(_warm_up_and_watch(app), name="warm-up")]
+        idle = collect_when_idle(lambda: context.warm and engine.idle)
+        background.append(asyncio.create_task(idle, name="garbage collection"))
         if keys is not None:
             background.append(asyncio.create_task(keys.watch(), name="keys"))
         with watch_pauses(lambda pause_s: metrics.gc_seconds.observe(pause_s) if app.state.context.warm else None):

@@ -104,6 +104,11 @@ class Engine:
         """Whether it was told to stop."""
         return self._stopping.is_set()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight."""
+        return not self._tickets and not self.unread()
+
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Warm `models` up in the inference thread, then take requests."""
         self._worker = Worker("inference", self.metrics.worker_deaths.inc)
@@ -227,7 +232,8 @@ class Engine:
             raise
         finally:
             self._tickets.discard(ticket)
-            ticket.rows.clear()  # which have the ticket: nothing is left for the garbage collector
+            ticket.rows.clear()  # which have the ticket
+            del done, ticket, waits  # an error has this frame: nothing is left for the garbage collector
 
     def _require_policy(self, model: ServedModel) -> None:
         if model not in self._drift:

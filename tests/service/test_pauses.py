@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 from collections.abc import Iterator
 
 import pytest
 
-from service.pauses import shorten_pauses, watch_pauses
+from service.pauses import collect_when_idle, shorten_pauses, watch_pauses
 
 
 def test_every_collection_is_timed_while_it_is_watched() -> None:
@@ -47,19 +48,41 @@ def test_what_is_in_flight_is_not_walked_again_and_again_after_start_up() -> Non
         gc.callbacks.remove(note)
 
 
+class Left:
+    """What an error leaves: found by nobody but the garbage collector."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
 @pytest.mark.usefixtures("shortened")
-def test_what_errors_leave_is_found_soon_even_if_a_collection_came_between() -> None:
+def test_what_errors_leave_is_found_as_soon_as_nothing_is_in_flight() -> None:
+    """Even if a collection came between."""
+    idle = False
+
+    async def serve() -> None:
+        nonlocal idle
+        collecting = asyncio.create_task(collect_when_idle(lambda: idle))
+        left = [Left() for _ in range(1000)]
+        gone = [weakref.ref(each) for each in left]
+        gc.collect(0)
+        del left
+        await asyncio.sleep(0.2)
+        assert all(each() is not None for each in gone)
+        idle = True
+        async with asyncio.timeout(20):
+            while any(each() is not None for each in gone):
+                await asyncio.sleep(0.01)
+        collecting.cancel()
+
+    asyncio.run(serve())
+
+
+@pytest.mark.usefixtures("shortened")
+def test_where_something_is_always_in_flight_it_is_found_too() -> None:
     """It once grew to 60 MB."""
-
-    class Left:
-        pass
-
-    left = Left()
-    left.itself = left  # type: ignore[attr-defined]
-    gone = weakref.ref(left)
-    gc.collect(0)
-    del left
-    in_flight = []
-    while gone() is not None and len(in_flight) < 50_000:
+    gone = weakref.ref(Left())
+    in_flight: list[list[int]] = []
+    while gone() is not None and len(in_flight) < 200_000:
         in_flight.append([0])
     assert gone() is None
