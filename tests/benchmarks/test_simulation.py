@@ -92,6 +92,17 @@ def test_the_event_loop_does_one_thing_after_another_and_hears_of_a_run_when_it_
     assert report.latency_s[3] == pytest.approx(heard_s + 0.004 + 0.0005 + 0.001 - came_s)
 
 
+def test_in_a_crowd_the_event_loop_hears_of_a_run_between_a_few_requests_and_the_next_few() -> None:
+    """Twenty at once: eight are read and run, and that run is heard of when the next eight are read."""
+    profile = server("static")[1].profile
+    run_s = profile.typical_s(Segment((4,), embed=True), 8)
+    hardware = Hardware(jitter=0.0, decide_s=0.0005, read_s=0.001, send_s=0.0001)
+    report = run("static", np.full(20, 1.0), hardware=hardware, budget_s=1.0)
+    assert run_s < 0.008
+    assert report.latency_s[0] == pytest.approx(0.016 + 0.0005 + 0.0001)
+    assert report.counts["answered"] == 20
+
+
 def test_round_times_without_jitter_come_to_an_end() -> None:
     """Bug found: where a row was to be given up at the very time of another event, the simulation asked for ever."""
     arrivals_s = np.arange(200) / 512

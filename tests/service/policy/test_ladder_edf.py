@@ -253,6 +253,25 @@ def test_when_to_wake_is_after_now_and_then_something_happens() -> None:
     assert policy.wake_s() == math.inf
 
 
+def test_while_requests_wait_unread_first_answers_alone_are_run_each_to_the_shallowest_path() -> None:
+    offer = make_offer()
+    policy = LadderEdf(offer)
+    device = Device(policy, offer)
+    rows = [Played(Wish(deadline_s=1.0), 0.0, order, come=Come(0.0, Wish())) for order in range(2)]
+    policy.arrive(rows[0], 0.0)
+    device._run(policy.decide(0.0, crowded=True).batch)  # type: ignore[arg-type]
+    assert rows[0].answered == offer.climb[0]  # though it was alone
+    decision = policy.decide(device.now_s, crowded=True)
+    assert decision.batch is None
+    assert decision.done == []  # there may be time for more yet
+    policy.arrive(rows[1], device.now_s)
+    device._run(policy.decide(device.now_s, crowded=True).batch)  # type: ignore[arg-type]
+    assert rows[1].answered == offer.climb[0]
+    batch = policy.decide(device.now_s).batch
+    assert batch is not None
+    assert {row.order for row in batch.rows} == {0, 1}
+
+
 def test_a_row_that_has_left_is_told_of_no_more() -> None:
     offer = make_offer({(4,): 0.6})
     policy = LadderEdf(offer)
