@@ -297,7 +297,7 @@ def test_a_surprise_in_the_engine_is_logged_and_fails_who_waits_and_not_the_engi
 
     async def test() -> None:
         async with bench() as b:
-            monkeypatch.setattr("service.policy.ladder_edf.LadderEdf.decide", lambda *_: 1 / 0)
+            monkeypatch.setattr("service.policy.ladder_edf.LadderEdf.decide", lambda *_, **__: 1 / 0)
             with pytest.raises(InferenceFailed):
                 await b.ask(0.1)
             monkeypatch.undo()
@@ -511,7 +511,7 @@ def test_an_error_after_a_batch_loses_none_of_its_requests(caplog: pytest.LogCap
     async def test() -> None:
         async with bench() as b:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("service.profile.LatencyProfile.observe", lambda *_: 1 / 0)
+                patch.setattr("service.profile.LatencyProfile.observe", lambda *_, **__: 1 / 0)
                 with pytest.raises(InferenceFailed):
                     await b.ask(0.1)
             assert (await b.ask(0.1)).rows
@@ -529,7 +529,7 @@ def test_an_error_while_stopping_does_not_keep_the_engine_from_its_end() -> None
             running = b.ask(0.1)
             await asyncio.to_thread(b.runner.began.wait, 30)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("service.profile.LatencyProfile.observe", lambda *_: 1 / 0)
+                patch.setattr("service.profile.LatencyProfile.observe", lambda *_, **__: 1 / 0)
                 stopping = asyncio.create_task(b.engine.stop())
                 await asyncio.sleep(0)
                 b.runner.go.set()
