@@ -265,11 +265,11 @@ class Engine:
             if pending is not None:
                 return  # who came since is still to be decided about
             del turn, run  # an idle engine holds on to no model that is forgotten
-            if self._audits:
+            if self._dispatch.waiting() and self.unread():
+                await asyncio.sleep(0)  # whoever waits does so only until the crowd is read
+            elif self._audits:
                 for _ in range(min(self.max_batch, len(self._audits))):
                     self._begin_audit()
-            elif self._dispatch.waiting() and self.unread():
-                await asyncio.sleep(0)  # whoever waits does so only until the crowd is read
             else:
                 await self._wait(self._dispatch.wake_s())
             return

@@ -61,16 +61,22 @@ class Pace:
 
     def __init__(self) -> None:
         self._latest: deque[tuple[float, float]] = deque(maxlen=_LATEST)
+        self._known: tuple[float, float] | None = None  # the budget asked about last, and what was said
 
     def answered(self, budget_s: float, took_s: float) -> None:
         """A request with this budget had an answer so long after it began, the time to send it included."""
         self._latest.append((budget_s, took_s))
+        self._known = None
 
     def takes_s(self, budget_s: float) -> float:
         """What a request with this budget is to be begun before its end: the 0.75 quantile, as most of the others would be
         late, and at most three quarters of it. Zero while nothing is known."""
+        if self._known is not None and self._known[0] == budget_s:
+            return self._known[1]
         took_s = sorted([took_s for of_s, took_s in self._latest if of_s <= budget_s])
-        return min(took_s[int(_SHARE * (len(took_s) - 1))], _MOST_OF_BUDGET * budget_s) if took_s else 0.0
+        takes_s = min(took_s[int(_SHARE * (len(took_s) - 1))], _MOST_OF_BUDGET * budget_s) if took_s else 0.0
+        self._known = budget_s, takes_s
+        return takes_s
 
 
 class Gate:

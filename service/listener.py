@@ -225,10 +225,12 @@ class BoundedConnection(HttpToolsProtocol):
         self._tell(error, _known_of(cycle), cycle.scope["method"], close=not cycle.keep_alive)
         cycle.response_started = cycle.response_complete = True
         self.on_response_complete()
+        _let_go(cycle)
 
     def forget(self, cycle: RequestResponseCycle) -> None:
         """A client left before the app heard of its request."""
         self._note(ClientGone("the client closed the connection"), _known_of(cycle), cycle.scope["method"], 0)
+        _let_go(cycle)
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's, for what is no HTTP."""
@@ -311,6 +313,13 @@ class _Unread:
     def forget(self) -> None:
         """See `Unread`."""
         self._connection.forget(self._cycle)
+
+
+def _let_go(cycle: RequestResponseCycle) -> None:
+    """Of the body, and of the connection, which has the request: uvicorn does so where the app was called. Else only the
+    garbage collector would find them."""
+    cycle.body = bytearray()
+    cycle.on_response = lambda: None
 
 
 def _known_of(cycle: RequestResponseCycle) -> dict[str, Any]:

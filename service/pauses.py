@@ -16,6 +16,7 @@ full collections would be frequent, too."""
 
 _EVERY_S = 0.05
 _FEW = 700  # objects that are not worth it
+_WHOLE_EVERY = 200  # collections; what was still in use when one came is found by these
 
 
 def shorten_pauses() -> None:
@@ -27,11 +28,13 @@ def shorten_pauses() -> None:
 
 async def collect_when_idle(is_idle: Callable[[], bool]) -> None:
     """Collect what has come up whenever nothing is in flight, for ever. It is walked in no time then."""
+    collections = 0
     while True:
         await asyncio.sleep(_EVERY_S)
         young, middle, _ = gc.get_count()
         if (young > _FEW or middle) and is_idle():
-            gc.collect(1)
+            collections += 1
+            gc.collect(1 if collections % _WHOLE_EVERY else 2)
 
 
 @contextmanager

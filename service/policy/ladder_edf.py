@@ -118,7 +118,8 @@ class LadderEdf:
         decision = self.settle(now_s, now_s)
         chosen = self._choose(now_s, spare_s, crowded) if self.waiting() else None
         if chosen is None:
-            self._price.idle(now_s)
+            if not self.waiting():
+                self._price.idle(now_s)
             return decision
         decision.batch = Batch.of(*chosen, self._offer)
         # Who could not go deeper after this run need not wait for its end.

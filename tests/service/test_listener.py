@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import time
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trustme
@@ -15,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from fastapi import FastAPI
+from uvicorn.server import ServerState
 
 from benchmarks.live import free_port
 from service.gate import Gate
@@ -74,3 +78,57 @@ def test_who_connects_is_accepted_however_long_the_turns_of_the_loop_are() -> No
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(test())
     assert open_then[4] >= 16
+
+
+class Wire(asyncio.Transport):
+    """A transport that leads nowhere."""
+
+    closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_who_is_refused_unread_or_left_leaves_nothing_for_the_garbage_collector(left: bool) -> None:
+    """Bug found: with the connection, the body was kept until it came."""
+    app = FastAPI()
+    app.state.metrics, app.state.gate = Metrics(), Gate()
+    made = server_config(app, Settings()).http_protocol_class
+
+    async def turns() -> None:
+        connections = []
+        for _ in range(20):
+            connection = cast(type, made)(config=server_config(app, Settings()), server_state=ServerState(), app_state={})
+            connection.connection_made(Wire())
+            target = b"/v1/models/m/predict?latency_budget_ms=0.001"
+            connection.data_received(b"POST " + target + b" HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc")
+            connections.append(connection)
+        assert app.state.gate.waiting() == 12
+        gone = [weakref.ref(connection) for connection in connections[16:]]  # neither the first of a turn
+        if left:
+            for connection in connections[8:]:
+                connection.connection_lost(None)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert app.state.gate.waiting() == 0
+        for connection in connections:
+            if not left:
+                connection.connection_lost(None)
+        connections.clear()
+        del connection
+        await asyncio.sleep(0)
+        assert sum(each() is None for each in gone) >= 3
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(turns())
+    finally:
+        gc.enable()

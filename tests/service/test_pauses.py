@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from service import pauses
 from service.pauses import collect_when_idle, shorten_pauses, watch_pauses
 
 
@@ -73,6 +74,27 @@ def test_what_errors_leave_is_found_as_soon_as_nothing_is_in_flight() -> None:
         async with asyncio.timeout(20):
             while any(each() is not None for each in gone):
                 await asyncio.sleep(0.01)
+        collecting.cancel()
+
+    asyncio.run(serve())
+
+
+@pytest.mark.usefixtures("shortened")
+def test_what_was_in_use_when_it_was_collected_is_found_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pauses, "_EVERY_S", 0.001)
+    monkeypatch.setattr(pauses, "_WHOLE_EVERY", 3)
+
+    async def serve() -> None:
+        collecting = asyncio.create_task(collect_when_idle(lambda: True))
+        left = [Left()]
+        gone = weakref.ref(left[0])
+        gc.collect(1)  # it is old now
+        del left
+        in_flight = []
+        async with asyncio.timeout(20):
+            while gone() is not None:
+                in_flight += [[number] for number in range(1000)]
+                await asyncio.sleep(0.005)
         collecting.cancel()
 
     asyncio.run(serve())

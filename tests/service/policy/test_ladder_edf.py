@@ -261,12 +261,16 @@ def test_while_requests_wait_unread_first_answers_alone_are_run_each_to_the_shal
     policy.arrive(rows[0], 0.0)
     device._run(policy.decide(0.0, crowded=True).batch)  # type: ignore[arg-type]
     assert rows[0].answered == offer.climb[0]  # though it was alone
+    policy._price.per_second = 1.0
     decision = policy.decide(device.now_s, crowded=True)
     assert decision.batch is None
     assert decision.done == []  # there may be time for more yet
+    device.now_s += 0.1
     policy.arrive(rows[1], device.now_s)
     device._run(policy.decide(device.now_s, crowded=True).batch)  # type: ignore[arg-type]
     assert rows[1].answered == offer.climb[0]
+    assert policy._price.per_second == 1.0  # nobody idled
+    policy._price.per_second = 0.0
     batch = policy.decide(device.now_s).batch
     assert batch is not None
     assert {row.order for row in batch.rows} == {0, 1}
