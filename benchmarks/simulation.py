@@ -162,7 +162,7 @@ def simulate(
             depth[row.order] = len(row.answered)
             right[row.order] = outcomes.right[row.answered][row.image]
             latency[row.order] = done_s + hardware.wire_s / 2 - sent[row.order]
-            server.pace.answered(asked_s, (row.answered_s - row.begun_s) + (done_s - now))
+            server.pace.answered(asked_s, (row.answered_s - row.begun_s) + (done_s - now), done_s)
             server.offer.profile.observe_send(done_s - now)
         counts["answered"] += len(decision.done)
         counts["expired"] += len(decision.expired)
@@ -188,12 +188,11 @@ def simulate(
         server.policy.finished(batch, confidences, now)
         settle(server, now)
 
-    def read(server: _Server, first: bool) -> None:
-        """The request that waits longest, if it has the time: of the first in a turn its budget alone is asked, as in
-        `service.gate`."""
+    def read(server: _Server) -> None:
+        """The request that waits longest, if it has the time: see `service.gate`."""
         at = server.unread.popleft()
         due_s, begun_s = arrives[at] + asked_s, max(arrives[at], server.loop_s)
-        if due_s < begun_s + (0.0 if first else server.pace.takes_s(asked_s)):
+        if due_s < begun_s + server.pace.takes_s(asked_s, begun_s):
             counts["refused"] += 1
             server.occupy(begun_s, hardware.refuse_s)
             return
@@ -209,8 +208,8 @@ def simulate(
             hear(server, now)
         elif server.running is None and (server.asked or server.policy.wake_s() <= now):
             settle(server, now)
-        for begun in range(min(AT_ONCE, len(server.unread))):
-            read(server, begun == 0)
+        for _ in range(min(AT_ONCE, len(server.unread))):
+            read(server)
 
     def plan(server: _Server, index: int) -> None:
         """When the next turn is: when there is something to do, and the loop has done what it does."""

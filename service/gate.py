@@ -55,27 +55,31 @@ class Unread(Protocol):
 
 class Pace:
     """What answers take as of late, from when their requests begin; what some of them take to go deeper than they must does
-    not count. A request is measured by answers to budgets that are not longer than its own: who may wait for long says
-    nothing about those who may not.
+    not count. A request is measured by answers to budgets that are not longer than its own, as who may wait for long says
+    nothing about those who may not; and by those that are no older than its budget: where all are refused, nothing is known
+    in the end, and it is seen how long answers take now. Times are on the monotonic clock.
     """
 
     def __init__(self) -> None:
-        self._latest: deque[tuple[float, float]] = deque(maxlen=_LATEST)
-        self._known: tuple[float, float] | None = None  # the budget asked about last, and what was said
+        self._latest: deque[tuple[float, float, float]] = deque(maxlen=_LATEST)  # when, the budget, what it took
+        self._known: tuple[float, float, float] | None = None  # until when, the budget asked about last, what was said
 
-    def answered(self, budget_s: float, took_s: float) -> None:
-        """A request with this budget had an answer so long after it began, the time to send it included."""
-        self._latest.append((budget_s, took_s))
+    def answered(self, budget_s: float, took_s: float, now_s: float) -> None:
+        """A request with this budget has its answer, so long after it began, the time to send it included."""
+        self._latest.append((now_s, budget_s, took_s))
         self._known = None
 
-    def takes_s(self, budget_s: float) -> float:
+    def takes_s(self, budget_s: float, now_s: float) -> float:
         """What a request with this budget is to be begun before its end: the 0.75 quantile, as most of the others would be
         late, and at most three quarters of it. Zero while nothing is known."""
-        if self._known is not None and self._known[0] == budget_s:
-            return self._known[1]
-        took_s = sorted([took_s for of_s, took_s in self._latest if of_s <= budget_s])
-        takes_s = min(took_s[int(_SHARE * (len(took_s) - 1))], _MOST_OF_BUDGET * budget_s) if took_s else 0.0
-        self._known = budget_s, takes_s
+        if self._known is not None and self._known[1] == budget_s and now_s <= self._known[0]:
+            return self._known[2]
+        measured = [each for each in self._latest if each[1] <= budget_s and now_s <= each[0] + budget_s]
+        if not measured:
+            return 0.0
+        took_s = sorted([each[2] for each in measured])
+        takes_s = min(took_s[int(_SHARE * (len(took_s) - 1))], _MOST_OF_BUDGET * budget_s)
+        self._known = measured[0][0] + budget_s, budget_s, takes_s
         return takes_s
 
 
@@ -118,9 +122,7 @@ class Gate:
                 continue
             self._begun += 1
             budget_s = request.budget_s()
-            # Of the first in a turn it is learned whether answers still take so long: if all were refused, none would be.
-            takes_s = 0.0 if budget_s is None or self._begun == 1 else self.pace.takes_s(budget_s)
-            if budget_s is not None and request.arrived_s + budget_s < now_s + takes_s:
+            if budget_s is not None and request.arrived_s + budget_s < now_s + self.pace.takes_s(budget_s, now_s):
                 request.refuse()
             else:
                 request.begin()

@@ -216,7 +216,8 @@ class BoundedConnection(HttpToolsProtocol):
             state = self._begun.scope["state"]  # see `service.access.note_answer`
             if (budget_ms := state.get("budget_ms")) is not None:
                 deeper_s = state["answer"].decided_s - state["answer"].answered_s
-                self.gate.pace.answered(budget_ms / 1000, time.monotonic() - self._begun_s - deeper_s)
+                now_s = time.monotonic()
+                self.gate.pace.answered(budget_ms / 1000, now_s - self._begun_s - deeper_s, now_s)
             self._begun = None
         super().on_response_complete()
 
