@@ -6,6 +6,7 @@ Every protocol's route hands what its body wishes for to `with_headers`, so that
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -55,7 +56,9 @@ _QUERY: dict[str, Callable[[str], Any]] = dict(_HEADERS.values()) | {"probabilit
 
 _LONGEST_KEPT = 200  # bytes of a query: longer than anybody needs
 
-_BUDGET = b'"latency_budget_ms"'
+_BUDGET, _TIMEOUT = b'"latency_budget_ms"', b'"timeout"'
+_HEADER_LENGTH = b"inference-header-content-length"
+_V1, _V2 = re.compile(r"/v1/.*/predict(/stream)?"), re.compile(r"/v2/.*/infer")
 _JSON_NUMBER = re.compile(rb"\s*:\s*([0-9.eE+-]{1,30})\s*[,}]")
 _LONGEST_SOUGHT = 1 << 18  # bytes of a body
 
@@ -123,24 +126,42 @@ def _read_query(query: bytes) -> QueryWishes:
 def glimpsed_budget_ms(
     path: str, query: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes | bytearray
 ) -> float | None:
-    """The latency budget of a request to `/v1` as far as it shows before its `body` is decoded; none if it does not. It
+    """The latency budget of a request for answers as far as it shows before its `body` is decoded; none if it does not. It
     decides who is refused unread, so what looks unusual shows none."""
     headers = list(headers)
     known = dict(headers)
-    if not path.startswith("/v1/") or not path.endswith(("/predict", "/predict/stream")) or b"content-encoding" in known:
+    is_v2 = _V2.fullmatch(path) is not None
+    if not (is_v2 or _V1.fullmatch(path)) or b"content-encoding" in known:
         return None
     try:
-        if is_read(known.get(b"content-type", b"").decode("latin-1"), (OCTETS,), unnamed=False):
+        if not is_v2 and is_read(known.get(b"content-type", b"").decode("latin-1"), (OCTETS,), unnamed=False):
             return with_headers(with_query(query), headers).latency_budget_ms
-        if len(body) > _LONGEST_SOUGHT or body.count(_BUDGET) > 1 or b"\\u" in body:
+        if is_v2 and _HEADER_LENGTH in known:  # of the JSON before the tensors
+            body = body[: int(known[_HEADER_LENGTH])]
+        if len(body) > _LONGEST_SOUGHT or b"\\u" in body:
             return None
-        place = body.find(_BUDGET)
-        if place < 0:
-            return with_headers(Wishes(), headers).latency_budget_ms
-        value = _JSON_NUMBER.match(body, place + len(_BUDGET))
-        return budget_ms if value and (budget_ms := float(value[1])) > 0 else None
+        budget_ms = _shown(body, _BUDGET)
+        if budget_ms is None:
+            budget_ms = with_headers(Wishes(), headers).latency_budget_ms
+        if is_v2 and (timeout_us := _shown(body, _TIMEOUT)):
+            budget_ms = min(budget_ms or math.inf, timeout_us / 1000)
     except (InvalidInput, ValueError):  # whoever reads it whole will say so
         return None
+    return budget_ms or None
+
+
+def _shown(text: bytes | bytearray, name: bytes) -> float | None:
+    """The number that JSON has under a quoted name; none if that is not in it.
+
+    Raises:
+        ValueError: it is there more than once, or is no number from zero on.
+    """
+    if (place := text.find(name)) < 0:
+        return None
+    value = _JSON_NUMBER.match(text, place + len(name))
+    if value is None or text.count(name) > 1 or (number := float(value[1])) < 0:
+        raise ValueError(f"expected one number for {name.decode()}")
+    return number
 
 
 def with_headers(wishes: W, headers: Iterable[tuple[bytes, bytes]]) -> W:

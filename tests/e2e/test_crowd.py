@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlencode
 
 import httpx
 import numpy as np
@@ -21,6 +23,10 @@ CROWD = 60
 TARGET = "/v1/models/digits/predict"
 JSON = {"inputs": np.zeros((1, 28, 28)).tolist()}
 RAW = np.zeros((28, 28), "<f4").tobytes()
+INFER = "/v2/models/digits/infer"
+ROW = {"name": "x", "datatype": "FP32", "shape": [1, 28, 28], "data": [0.0] * 784}
+
+Kind = Literal["raw", "json", "v2"]
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +47,21 @@ def connections(server: LiveServer) -> Iterator[list[HTTPConnection]]:
         yield opened
 
 
-def ask(server: LiveServer, connections: list[HTTPConnection], budget_ms: float, *, raw: bool) -> list[HTTPResponse]:
+def ask(server: LiveServer, connections: list[HTTPConnection], budget_ms: float, kind: Kind) -> list[HTTPResponse]:
     """One request on each connection, all in one turn of the server's loop."""
     server.process.send_signal(signal.SIGSTOP)
     try:
         for number, connection in enumerate(connections):
             headers = {"X-Request-Id": f"crowd-{number}"}
-            if raw:
-                target = f"{TARGET}?latency_budget_ms={budget_ms}"
-                connection.request("POST", target, RAW, headers | {"Content-Type": "application/octet-stream"})
+            budget = {"latency_budget_ms": budget_ms}
+            if kind == "raw":
+                headers["Content-Type"] = "application/octet-stream"
+                connection.request("POST", f"{TARGET}?{urlencode(budget)}", RAW, headers)
             else:
-                body = json.dumps(JSON | {"latency_budget_ms": budget_ms})
-                connection.request("POST", TARGET, body, headers | {"Content-Type": "application/json"})
+                target, content = (
+                    (TARGET, JSON | budget) if kind == "json" else (INFER, {"inputs": [ROW], "parameters": budget})
+                )
+                connection.request("POST", target, json.dumps(content), headers | {"Content-Type": "application/json"})
     finally:
         server.process.send_signal(signal.SIGCONT)
     return [connection.getresponse() for connection in connections]
@@ -64,27 +73,27 @@ def refusals(server: LiveServer, code: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("kind", ["raw", "json", "v2"])
 def test_who_is_late_is_refused_unread_and_keeps_the_connection(
-    server: LiveServer, connections: list[HTTPConnection], raw: bool
+    server: LiveServer, connections: list[HTTPConnection], kind: Kind
 ) -> None:
     before = refusals(server, "deadline_expired")
     unread = 0
-    for number, response in enumerate(ask(server, connections, 0.001, raw=raw)):
+    for number, response in enumerate(ask(server, connections, 0.001, kind)):
         answer = json.loads(response.read())
         assert (response.status, answer["code"]) == (504, "deadline_expired")
         assert response.headers["X-Request-Id"] == f"crowd-{number}"
         unread += "for the server to read it" in answer["error"]
     assert CROWD / 2 < unread < CROWD  # the first of each turn are begun with
     assert refusals(server, "deadline_expired") == before + CROWD
-    for response in ask(server, connections, 60_000, raw=raw):
+    for response in ask(server, connections, 60_000, kind):
         assert response.status == 200, response.read()
         response.read()
     assert httpx.get(f"{server.url}/metrics").text.count("hbll_unread_requests 0.0") == 1
 
 
 def test_the_access_log_has_who_was_refused_unread(server: LiveServer, connections: list[HTTPConnection]) -> None:
-    for response in ask(server, connections, 0.001, raw=True):
+    for response in ask(server, connections, 0.001, "raw"):
         response.read()
     lines = [json.loads(line) for line in Path(server.log).read_text().splitlines() if '"crowd-' in line]
     latest = lines[-CROWD:]

@@ -124,8 +124,38 @@ def test_a_budget_is_glimpsed_where_it_shows_and_nothing_is_guessed(
     query: bytes, headers: list[tuple[bytes, bytes]], body: bytes, budget_ms: float | None
 ) -> None:
     assert glimpsed_budget_ms(PREDICT, query, headers, bytearray(body)) == budget_ms
-    for other in ("/v2/models/digits/infer", "/v2/repository/models/digits/load", "/v1/models/digits/audits/reset"):
+    for other in ("/v2/models/digits", "/v2/repository/models/digits/load", "/v1/models/digits/audits/reset"):
         assert glimpsed_budget_ms(other, query, headers, bytearray(body)) is None
+
+
+LENGTH = b"inference-header-content-length"
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "budget_ms"),
+    [
+        ([], b'{"inputs": [], "parameters": {"latency_budget_ms": 5}}', 5),
+        ([], b'{"parameters": {"latency_budget_ms": 5, "timeout": 4000}}', 4),
+        ([], b'{"parameters": {"latency_budget_ms": 5, "timeout": 6000}}', 5),
+        ([], b'{"parameters": {"timeout": 6000}}', 6),
+        ([], b'{"parameters": {"timeout": 0}}', None),
+        ([HEADER], b'{"parameters": {"timeout": 0}}', 7),
+        ([HEADER], b'{"parameters": {"timeout": 8000}}', 7),
+        ([HEADER], b'{"parameters": {"latency_budget_ms": 5}}', 5),
+        ([HEADER], b'{"inputs": [{"name": "timeout"}]}', None),
+        ([HEADER], b'{"outputs": [{"parameters": {"timeout": 5}}], "parameters": {"timeout": 6}}', None),
+        ([(LENGTH, b"26"), HEADER], b'{"parameters":{"timeout":5}}"latency_budget_ms": 1', None),
+        ([(LENGTH, b"29")], b'{"parameters":{"timeout":50}}"latency_budget_ms": 1', 0.05),
+        ([(LENGTH, b"0"), HEADER], b'{"latency_budget_ms": 1}', 7),
+        ([(LENGTH, b"many"), HEADER], b"{}", None),
+        ([(b"content-encoding", b"gzip")], b'{"parameters": {"timeout": 6000}}', None),
+    ],
+)
+def test_so_is_that_of_the_open_inference_protocol(
+    headers: list[tuple[bytes, bytes]], body: bytes, budget_ms: float | None
+) -> None:
+    for path in ("/v2/models/digits/infer", "/v2/models/digits/versions/1/infer"):
+        assert glimpsed_budget_ms(path, b"", headers, bytearray(body)) == budget_ms
 
 
 @given(
