@@ -57,11 +57,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A family in pieces, with the shapes of its values without the batch axis; `x` is of the ONNX type `input_type`."""
+    """A family in pieces, with the shapes of its values without the batch axis; `x` is of the ONNX type `input_type`.
+    `heads`: of each exit; the same for all where they share one.
+    """
 
     embed: Part
     blocks: dict[int, Part]
-    head: Part
+    heads: dict[int, Part]
     input_type: int
     input_shape: tuple[int, ...]
     state_shape: tuple[int, ...]
@@ -70,7 +72,7 @@ class Parts:
     @property
     def initializers(self) -> dict[str, NDArray[np.generic]]:
         """All tensors of all parts by name."""
-        parts = (self.embed, *self.blocks.values(), self.head)
+        parts = (self.embed, *self.blocks.values(), *self.heads.values())
         return {name: tensor for part in parts for name, tensor in part.initializers.items()}
 
 
@@ -99,7 +101,7 @@ def place(initializers: dict[str, NDArray[np.generic]]) -> Placement:
 
 
 def export_parts(family: Family, example: Tensor) -> Parts:
-    """The embedding, each block and the head by torch's exporter, with a free batch axis.
+    """The embedding, each block and each head by torch's exporter, with a free batch axis.
 
     `example` is an input of at least two rows.
 
@@ -113,17 +115,19 @@ def export_parts(family: Family, example: Tensor) -> Parts:
         state = family.embed(example)
     modules: dict[str, tuple[nn.Module, Tensor]] = {"embed": (family.embed, example)}
     modules |= {f"block{node}": (family.blocks.module(node), state) for node in family.tree.nodes}
-    modules["head"] = family.head, state
+    own_heads = isinstance(family.head, nn.ModuleDict)
+    names = {node: f"head{node}" if own_heads else "head" for node in family.tree.exits}
+    modules |= {name: (family.head_at(node), state) for node, name in names.items()}
     parts = _export(modules)
-    embed, head = parts.pop("embed"), parts.pop("head")
-    blocks = dict(zip(family.tree.nodes, parts.values(), strict=True))
+    embed, heads = parts["embed"], {node: parts[name] for node, name in names.items()}
+    blocks = {node: parts[f"block{node}"] for node in family.tree.nodes}
     input_type = TensorProto.FLOAT if example.is_floating_point() else TensorProto.INT64
-    return Parts(embed, blocks, head, input_type, shapes.input, shapes.state, shapes.classes)
+    return Parts(embed, blocks, heads, input_type, shapes.input, shapes.state, shapes.classes)
 
 
 def path_graph(parts: Parts, path: Path, placement: Placement) -> ModelProto:
     """`x (batch, *input_shape)` -> `logits (batch, classes)` through the blocks of `path`."""
-    chain = [parts.embed, *(parts.blocks[node] for node in path), parts.head]
+    chain = [parts.embed, *(parts.blocks[node] for node in path), parts.heads[path[-1]]]
     values = ["x", *(f"state{index}" for index in range(len(path) + 1)), "logits"]
     nodes = [node for part, a, b in zip(chain, values, values[1:], strict=False) for node in part.connect(a, b)]
     inputs = [_value("x", ("batch", *parts.input_shape), parts.input_type)]
@@ -158,7 +162,7 @@ def gated_graph(parts: Parts, placement: Placement) -> ModelProto:
         ]  # fmt: skip
     nodes.append(
         helper.make_node("If", ["predict"], ["logits"], "gate_head",
-                         then_branch=_branch(parts.head.connect("state_out", "predicted"), "predicted"),
+                         then_branch=_last_head(parts.heads),
                          else_branch=_pass_through("no_logits")),
     )  # fmt: skip
     inputs = [
@@ -171,6 +175,19 @@ def gated_graph(parts: Parts, placement: Placement) -> ModelProto:
     outputs = [_value("logits", ("logits_rows", parts.classes)), _value("state_out", ("rows", *parts.state_shape))]
     tensors = _tensors({**parts.initializers, **constants}, placement)
     return _model(helper.make_graph(nodes, "family", inputs, outputs, tensors))
+
+
+def _last_head(heads: dict[int, Part]) -> GraphProto:
+    """The head of the last exit that is visited, or of the first if none is: nested branches, unless all share one."""
+    shared, *others = heads.values()
+    branch = _branch(shared.connect("state_out", "predicted"), "predicted")
+    if any(head is not shared for head in others):
+        for node, head in list(heads.items())[1:]:
+            own, chosen = f"predicted{node}", f"chosen{node}"
+            own_branch = _branch(head.connect("state_out", own), own)
+            choice = helper.make_node("If", [f"visit{node}"], [chosen], then_branch=own_branch, else_branch=branch)
+            branch = _branch([choice], chosen)
+    return branch
 
 
 class _SideBySide(nn.Module):

@@ -65,6 +65,11 @@ class Tree:
         spine = tuple(self.n - (1 << level) for level in reversed(range(self.hierarchy_depth)))
         return tuple(spine[: rung + 1] for rung in range(self.hierarchy_depth))
 
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The D nodes from which N is one hop away, `N/2 .. N-1`: every path ends at one of them. The ladder passes all."""
+        return self.ladder[-1]
+
     def level(self, node: int) -> int:
         """`log2` of the lowest set bit: leaves are level 0, the root is level D-1."""
         self._require_internal(node)
@@ -235,13 +240,13 @@ def extends(longer: Path, shorter: Path) -> bool:
 class Cost:
     """What one row costs in each part of a family, in one unit of the caller's choice (FLOPs, parameters).
 
-    `blocks` maps every internal node to its block's cost.
+    `blocks` maps every internal node to its block's cost, `heads` every exit to that of the head there.
     """
 
     embed: int
     blocks: Mapping[int, int]
-    head: int
+    heads: Mapping[int, int]
 
     def of(self, path: Path) -> int:
         """The cost of the whole path: embedding, its blocks, head."""
-        return self.embed + sum(self.blocks[node] for node in path) + self.head
+        return self.embed + sum(self.blocks[node] for node in path) + self.heads[path[-1]]

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.nn import ModuleDict
 
 from family import tree as algebra
 from training import compare as comparison
@@ -305,6 +306,7 @@ def _describe(run: RunConfig, family: Family, data: Dataset) -> None:
     rows = len(data.train)
     tree, method = family.tree, METHODS[run.train.method]
     embed, blocks, head = (sum(p.numel() for p in part.parameters()) for part in (family.embed, family.blocks, family.head))
+    heads = "the heads" if isinstance(family.head, ModuleDict) else "the head"
     steps = steps_of(run, tree, rows)
     of_a_row = method.evaluations(run.train, tree)
     paths = method.paths(run.train, tree) if method.paths else None
@@ -317,7 +319,7 @@ def _describe(run: RunConfig, family: Family, data: Dataset) -> None:
     click.echo(f"# paths trained: {len(paths) if paths else tree.count_paths()} of {tree.count_paths()}")
     click.echo(
         f"# parameters: {embed + blocks + head:,}, which is {embed:,} of the embedding, {len(tree.nodes)} x "
-        f"{blocks // len(tree.nodes):,} of the blocks, {head:,} of the head"
+        f"{blocks // len(tree.nodes):,} of the blocks, {head:,} of {heads}"
     )
     click.echo(
         f"# work: {run.train.budget * rows:,.0f} block evaluations, {of_a_row:.4g} a row on average; "

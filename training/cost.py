@@ -24,10 +24,11 @@ def costs(family: Family, example: Tensor) -> tuple[Cost, Cost]:
         flops = Cost(
             _flops(partial(family.embed, example)),
             {node: _flops(partial(family.blocks.at, node, state)) for node in family.tree.nodes},
-            _flops(partial(family.head, state)),
+            {node: _flops(partial(family.head_at(node), state)) for node in family.tree.exits},
         )
         sizes = {node: _size(family.blocks.module(node)) for node in family.tree.nodes}
-    return flops, Cost(_size(family.embed), sizes, _size(family.head))
+        heads = {node: _size(family.head_at(node)) for node in family.tree.exits}
+    return flops, Cost(_size(family.embed), sizes, heads)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def diagnose(family: Family, x: Tensor) -> str:
                 if not state.isfinite().all():
                     return f"the block of node {path[-1]} gives what is not finite, after {_before(path)}{_first(layers)}"
                 largest = max(largest, float(state.abs().max()))
-                if family.tree.is_hop(path[-1], family.tree.n) and not family.head(state).isfinite().all():
+                if family.tree.is_hop(path[-1], family.tree.n) and not family.head_at(path[-1])(state).isfinite().all():
                     return f"the head gives what is not finite, after the blocks of {format_path(path)}{_first(layers)}"
     finally:
         family.train()

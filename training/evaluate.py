@@ -26,7 +26,7 @@ def path_logits(family: Family, images: Tensor, paths: Iterable[Path]) -> dict[P
 
     def walk(prefix: Path, state: Tensor, below: Sequence[Path]) -> None:
         if below and below[0] == prefix:
-            logits[prefix] = family.head(state).cpu()
+            logits[prefix] = family.head_at(prefix[-1])(state).cpu()
             below = below[1:]
         for node in dict.fromkeys(path[len(prefix)] for path in below):
             branch = [path for path in below if path[len(prefix)] == node]

@@ -1,4 +1,4 @@
-"""A family: one embedding, the blocks that form the tree's internal nodes, and one shared prediction head."""
+"""A family: one embedding, the blocks that form the tree's internal nodes, and the prediction head, one or one an exit."""
 
 from __future__ import annotations
 
@@ -32,24 +32,32 @@ class Family(nn.Module):
         embed: `x` -> the state of node 0, `(batch, *state_shape) float32`.
         blocks: the blocks of the nodes 1, 2, ... `2**D - 1`, which gives the tree its hierarchy depth D: any modules from
             a state to a state of the same shape, or stacked blocks, whose levels run as one batched call each.
-        head: a state -> logits `(batch, classes) float32`; the prediction of node N.
+        head: a state -> logits `(batch, classes) float32`, the prediction of node N. One for all paths, as published, or
+            one for each of the D exits that they end at (`Tree.exits`, in that order).
 
     Dropout may be anywhere. The last axis of a state is its features, the others before it are tokens.
 
     Raises:
-        ValueError: there are not `2**D - 1` blocks, two parts share a parameter, or a part would be shared by states of
-            several kinds and cannot be (batch normalisation).
+        ValueError: there are not `2**D - 1` blocks, or several heads but not D, two parts share a parameter, or a part
+            would be shared by states of several kinds and cannot be (batch normalisation).
     """
 
-    def __init__(self, embed: nn.Module, blocks: StackedBlocks | Sequence[nn.Module], head: nn.Module) -> None:
+    def __init__(
+        self, embed: nn.Module, blocks: StackedBlocks | Sequence[nn.Module], head: nn.Module | Sequence[nn.Module]
+    ) -> None:
         super().__init__()
         self.embed = embed
         self.blocks: Blocks = blocks if isinstance(blocks, StackedBlocks) else SeparateBlocks(blocks)
-        self.head = head
         count = self.blocks.count
         if count < 1 or count & (count + 1):
             raise ValueError(f"a family has 2**D - 1 blocks (1, 3, 7, 15, ...), one for each node of its tree, got {count}")
         self.tree = Tree(count.bit_length())
+        if isinstance(head, nn.Module):
+            self.head = head
+        elif len(head) == len(self.tree.exits):
+            self.head = nn.ModuleDict({str(node): each for node, each in zip(self.tree.exits, head, strict=True)})
+        else:
+            raise ValueError(f"a family of {count} blocks has one head or {len(self.tree.exits)}, got {len(head)}")
         _require_own_parameters(self)
         _refuse_batch_statistics(self)
 
@@ -58,8 +66,12 @@ class Family(nn.Module):
         state = self.embed(x)
         for node in path:
             state = self.blocks.at(node, state)
-        logits: Tensor = self.head(state)
+        logits: Tensor = self.head_at(path[-1])(state)
         return logits
+
+    def head_at(self, node: int) -> nn.Module:
+        """The head of paths that end at this exit."""
+        return self.head[str(node)] if isinstance(self.head, nn.ModuleDict) else self.head
 
 
 def _require_own_parameters(family: Family) -> None:
@@ -186,7 +198,9 @@ def build_family(config: ModelConfig, seed: int, spec: DataSpec = DIGITS, factor
         case VitConfig():
             patches = PatchEmbed(spec, config.patch, config.width, init, generator)
             blocks = TransformerBlocks(count, patches.tokens, config.width, config.heads, config.hidden, init)
-            return Family(patches, blocks, LinearHead(config.width, classes, init, norm=True, pool=True))
+            heads = config.hierarchy_depth if config.exit_heads else 1
+            head = [LinearHead(config.width, classes, init, norm=True, pool=True) for _ in range(heads)]
+            return Family(patches, blocks, head if config.exit_heads else head[0])
         case ResMlpConfig():
             blocks, norm = ResidualBlocks(count, config.width, config.hidden, init), True
         case MlpConfig():

@@ -129,7 +129,7 @@ def _local_losses(
     rights = range(nodes[0] + span, min(nodes[-1] + span + 1, tree.n), nodes.step)
     loss = embedded.new_zeros(())
     if len(rights) < len(nodes):  # the last node of a level
-        loss = F.cross_entropy(family.head(leaf[-1]), y, reduction="sum") / batch
+        loss = F.cross_entropy(family.head_at(nodes[-1])(leaf[-1]), y, reduction="sum") / batch
     if rights:
         predictions = family.blocks.at_each(rights, leaf[: len(rights)])
         targets = states[rights.start : rights.stop : rights.step]
@@ -182,7 +182,7 @@ def _chain_loss(family: Family, path: Path, x: Tensor, y: Tensor) -> Tensor:
 def ladder_step(family: Family, x: Tensor, y: Tensor) -> Step:
     """Backpropagation through the ladder with a cross-entropy at every rung: the usual early-exit network.
 
-    Deep supervision with equal weights, and the family's one head at all exits (such networks often have one each).
+    Deep supervision with equal weights.
     """
     ladder = family.tree.ladder[-1]
     loss = torch.stack([F.cross_entropy(logits, y) for logits in _exits(family, ladder, x)]).sum()
@@ -197,7 +197,7 @@ def _exits(family: Family, path: Path, x: Tensor) -> list[Tensor]:
     for node in path:
         state = family.blocks.at(node, state)
         if tree.is_hop(node, tree.n):
-            exits.append(family.head(state))
+            exits.append(family.head_at(node)(state))
     return exits
 
 
@@ -230,7 +230,7 @@ def contrastive_step(family: Family, path: Path, x: Tensor, y: Tensor) -> Step:
         loss.backward()
         total += loss.detach()
         state = state.detach()
-    loss = F.cross_entropy(family.head(state), y)
+    loss = F.cross_entropy(family.head_at(path[-1])(state), y)
     loss.backward()
     return Step(total + loss.detach(), len(path) * len(y))
 

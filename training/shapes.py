@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.model import Family
 
@@ -45,12 +45,20 @@ def shapes_of(family: Family, x: Tensor) -> Shapes:
                     f"the block of node {node}: expected a state of shape {list(state.shape)}, like the one that it reads, "
                     f"got {list(after.shape)}"
                 )
-        logits = _run("the head", family.head, state)
-        if logits.ndim != 2 or len(logits) != len(x):
-            raise ShapeError(f"the head: expected logits of shape [{len(x)}, classes], got {list(logits.shape)}")
+        classes = {node: _classes(family, node, state) for node in family.tree.exits}
+        if len(set(classes.values())) > 1:
+            raise ShapeError(f"the heads: expected as many logits of each, got by nodes {classes}")
     finally:
         family.train(was_training)
-    return Shapes(tuple(x.shape[1:]), tuple(state.shape[1:]), logits.shape[1])
+    return Shapes(tuple(x.shape[1:]), tuple(state.shape[1:]), classes[family.tree.root])
+
+
+def _classes(family: Family, node: int, state: Tensor) -> int:
+    name = f"the head of node {node}" if isinstance(family.head, nn.ModuleDict) else "the head"
+    logits = _run(name, family.head_at(node), state)
+    if logits.ndim != 2 or len(logits) != len(state):
+        raise ShapeError(f"{name}: expected logits of shape [{len(state)}, classes], got {list(logits.shape)}")
+    return logits.shape[1]
 
 
 def _run(name: str, module: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:

@@ -62,6 +62,23 @@ def test_a_convolution_and_no_embedding_at_all_export(pixels: Dataset, tmp_path:
     assert flops[(1, 2, 3)] - flops[(2, 3)] == 2 * 3 * 3 * 9 * 64  # the 3 x 3 convolution; the identity is free
 
 
+def test_heads_of_different_kinds_export(pixels: Dataset, tmp_path: Path) -> None:
+    """One for each exit: the gated graph reads that of the last block which it ran, whichever those were."""
+    torch.manual_seed(0)
+    embed = nn.Sequential(Standardise(pixels.spec), nn.Flatten(), nn.Linear(8 * 8 * 3, 16))
+    blocks = [nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()) for _ in range(7)]
+    heads = [nn.Linear(16, 3), nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 3)), nn.Linear(16, 3, bias=False)]
+    family = Family(embed, blocks, heads)
+    config = RunConfig(model=CustomConfig(hierarchy_depth=3), data=pixels.source)
+    exported = export_bundle(config, family, Progress(), Origin.here(), pixels, tmp_path / "1")
+    assert len(exported.differences) == 25
+    assert all(max(d.gated, d.continued, d.torch or 0) < 1e-5 for d in exported.differences)
+    parameters = {path: entry.parameters for path, entry in exported.manifest.offered.items()}
+    of_a_block = 2 * 16 + 16 * 16 + 16
+    assert parameters[(4, 6)] - parameters[(4,)] == of_a_block + 2 * 16
+    assert parameters[(4, 6, 7)] - parameters[(4, 6)] == of_a_block - 2 * 16 - 3
+
+
 def test_torchs_own_transformer_layers_export(pixels: Dataset, tmp_path: Path) -> None:
     torch.manual_seed(0)
     embed = nn.Sequential(Standardise(pixels.spec), Tokens(), nn.Linear(24, 8))

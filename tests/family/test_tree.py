@@ -125,9 +125,10 @@ def test_impossible_trees_are_refused(hierarchy_depth: int) -> None:
 
 
 @given(trees, st.data())
-def test_cost_of_an_extension_is_that_of_its_further_blocks(tree: Tree, data: st.DataObject) -> None:
-    cost = Cost(embed=3, blocks={node: 10 + node for node in tree.nodes}, head=5)
+def test_cost_of_an_extension_is_that_of_its_further_blocks_and_another_head(tree: Tree, data: st.DataObject) -> None:
+    cost = Cost(embed=3, blocks={node: 10 + node for node in tree.nodes}, heads={node: node for node in tree.exits})
     longer = data.draw(st.sampled_from(list(tree.paths())))
     for shorter in tree.paths():
         if extends(longer, shorter):
-            assert cost.of(longer) - cost.of(shorter) == sum(10 + node for node in longer[len(shorter) :])
+            further = sum(10 + node for node in longer[len(shorter) :])
+            assert cost.of(longer) - cost.of(shorter) == further + longer[-1] - shorter[-1]

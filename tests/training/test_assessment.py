@@ -101,6 +101,7 @@ def test_metrics_are_read_back_and_those_of_another_version_are_named(tmp_path: 
 def test_costs_add_up(trained: Trained) -> None:
     _, family, _ = load_family(trained.run)
     flops, parameters = costs(family, torch.zeros(1, 28, 28))
-    assert parameters.of(family.tree.full) == sum(p.numel() for p in family.parameters())
+    of_other_heads = parameters.heads[4] + parameters.heads[6]
+    assert parameters.of(family.tree.full) + of_other_heads == sum(p.numel() for p in family.parameters())
     # one block of width 16 on 4 tokens: qkv, scores, mixing, projection, up, down; a multiply-add counts two
     assert flops.blocks[1] == 2 * (4 * 16 * 48 + 4 * 4 * 16 + 4 * 4 * 16 + 4 * 16 * 16 + 2 * 4 * 16 * 16)

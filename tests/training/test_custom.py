@@ -96,6 +96,24 @@ def test_blocks_that_make_no_family_are_refused(blocks: list[nn.Module], message
         Family(nn.Linear(4, 6), blocks, nn.Linear(6, 3))
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_there_is_a_head_for_all_exits_or_one_for_each(count: int) -> None:
+    with pytest.raises(ValueError, match=f"a family of 3 blocks has one head or 2, got {count}"):
+        Family(nn.Linear(4, 6), [Block(6) for _ in range(3)], [nn.Linear(6, 3) for _ in range(count)])
+
+
+def test_a_path_is_answered_by_the_head_where_it_ends() -> None:
+    blocks = [Block(6) for _ in range(7)]
+    family = Family(nn.Linear(4, 6), blocks, [nn.Linear(6, 3) for _ in range(3)])
+    x = torch.rand(5, 4)
+    for path in family.tree.paths():
+        state = family.embed(x)
+        for node in path:
+            state = blocks[node - 1](state)
+        head = family.get_submodule(f"head.{path[-1]}")
+        torch.testing.assert_close(family(x, path), head(state))
+
+
 def test_batch_norm_may_be_in_the_embedding() -> None:
     Family(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), [Block(6)], nn.Linear(6, 3))
 
@@ -110,9 +128,13 @@ def test_batch_norm_may_be_in_the_embedding() -> None:
         (lambda f: Family(nn.Linear(5, 6), [Block(6)], f.head), r"the embedding fails on an input of shape \[2, 4\]"),
         (lambda f: Family(f.embed, [Block(6)], nn.Unflatten(1, (2, 3))),
          r"the head: expected logits of shape \[2, classes\], got \[2, 2, 3\]"),
+        (lambda f: Family(f.embed, [Block(6)], [nn.Unflatten(1, (2, 3))]),
+         r"the head of node 1: expected logits of shape \[2, classes\], got \[2, 2, 3\]"),
+        (lambda f: Family(f.embed, [Block(6) for _ in range(3)], [nn.Linear(6, 3), nn.Linear(6, 4)]),
+         r"the heads: expected as many logits of each, got by nodes \{2: 3, 3: 4\}"),
         (lambda f: Family(f.embed, [nn.LSTM(6, 6)], f.head), r"the block of node 1: expected a float32 tensor, got tuple"),
     ],
-    ids=["shape", "fails", "embed", "head", "tuple"],
+    ids=["shape", "fails", "embed", "head", "one of the heads", "heads", "tuple"],
 )  # fmt: skip
 def test_a_module_that_does_not_fit_is_named_with_its_shapes(change: Callable[[Family], Family], message: str) -> None:
     with pytest.raises(ShapeError, match=message):

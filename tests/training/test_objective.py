@@ -77,7 +77,7 @@ def _node_by_node(
             left, right = tree.parents(node)
             a = block(node, embedded if node == tree.root else states[left])
             if right == tree.n:
-                per_row = F.cross_entropy(family.head(a), y, reduction="none")
+                per_row = F.cross_entropy(family.head_at(node)(a), y, reduction="none")
             else:
                 squares = (block(right, a) - states[right]).square()
                 squares = squares.sum(dim=-1) if summed else squares.mean(dim=-1)
@@ -198,7 +198,7 @@ def test_chain_step_is_backpropagation_with_exits(batch: tuple[Tensor, Tensor], 
     for node in path:
         state = plain.blocks.run({name: w[node - 1] for name, w in weights.items()}, state)
         if node in (4, 6, 7):
-            exits.append(plain.head(state))
+            exits.append(plain.head_at(node)(state))
     deepest = exits.pop()
     loss = F.cross_entropy(deepest, y)
     p = deepest.detach().softmax(dim=1)
@@ -232,7 +232,7 @@ def test_several_chains_each_train_on_their_rows(labels: int) -> None:
     x, y = torch.rand(rows, 28, 28, generator=rng), torch.randint(10, (12,), generator=rng)
     whole, parts, *ranks = (build_family(SMALL_VIT, seed=3) for _ in range(4))
     for family in (whole, parts, *ranks):
-        family.head = nn.Sequential(family.head, Repeated(labels))
+        family.head = nn.ModuleDict({node: nn.Sequential(head, Repeated(labels)) for node, head in family.head.items()})
     chains = [((4, 6, 7), slice(0, rows // 2)), ((4,), slice(rows // 2, rows - 1)), ((2, 4, 5), slice(rows - 1, rows))]
     step = chains_step(whole, chains, x, y)
     loss = 0.0
@@ -370,7 +370,7 @@ def test_contrastive_layers_learn_from_their_own_loss_alone(family: Family, batc
         for name, gradient in before.items():
             assert not gradient.any(), f"{name} of block {node} was trained before its turn"
         state = state.detach()
-    F.cross_entropy(plain.head(state), y).backward()
+    F.cross_entropy(plain.head_at(node)(state), y).backward()
     got, wanted = _gradients(family), _gradients(plain)
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
