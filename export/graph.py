@@ -115,8 +115,7 @@ def export_parts(family: Family, example: Tensor) -> Parts:
         state = family.embed(example)
     modules: dict[str, tuple[nn.Module, Tensor]] = {"embed": (family.embed, example)}
     modules |= {f"block{node}": (family.blocks.module(node), state) for node in family.tree.nodes}
-    own_heads = isinstance(family.head, nn.ModuleDict)
-    names = {node: f"head{node}" if own_heads else "head" for node in family.tree.exits}
+    names = {node: "head" if family.shares_head else f"head{node}" for node in family.tree.exits}
     modules |= {name: (family.head_at(node), state) for node, name in names.items()}
     parts = _export(modules)
     embed, heads = parts["embed"], {node: parts[name] for node, name in names.items()}
@@ -141,9 +140,10 @@ def gated_graph(parts: Parts, placement: Placement) -> ModelProto:
     """Every path in one graph.
 
     Inputs: `x (rows, *input_shape)`; `state (rows, *state_shape)`; `visit (N-1,) bool`, whose element `n-1` runs
-    node n; scalars `embed` (start from `x`, else from `state`) and `predict` (else `logits` has no rows). What is
-    not read may have no rows. Outputs: `logits`, and `state` after the last visited node, from which a later run
-    can go on. Each block is the then-branch of an `If`; weights are read from the outer graph, so there is one copy.
+    node n; scalars `embed` (start from `x`, else from `state`) and `predict` (else `logits` has no rows; the head
+    is that of the last exit in `visit`, of N/2 if there is none). What is not read may have no rows. Outputs:
+    `logits`, and `state` after the last visited node, from which a later run can go on. Each block is the
+    then-branch of an `If`; weights are read from the outer graph, so there is one copy.
     """
     nodes = [
         helper.make_node("If", ["embed"], ["state0"], "gate_embed",
@@ -179,10 +179,10 @@ def gated_graph(parts: Parts, placement: Placement) -> ModelProto:
 
 def _last_head(heads: dict[int, Part]) -> GraphProto:
     """The head of the last exit that is visited, or of the first if none is: nested branches, unless all share one."""
-    shared, *others = heads.values()
-    branch = _branch(shared.connect("state_out", "predicted"), "predicted")
-    if any(head is not shared for head in others):
-        for node, head in list(heads.items())[1:]:
+    (_, first), *others = heads.items()
+    branch = _branch(first.connect("state_out", "predicted"), "predicted")
+    for node, head in others:
+        if head is not first:
             own, chosen = f"predicted{node}", f"chosen{node}"
             own_branch = _branch(head.connect("state_out", own), own)
             choice = helper.make_node("If", [f"visit{node}"], [chosen], then_branch=own_branch, else_branch=branch)

@@ -67,7 +67,7 @@ class Tree:
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """The D nodes from which N is one hop away, `N/2 .. N-1`: every path ends at one of them. The ladder passes all."""
+        """The D nodes from which N is one hop away, `N/2, 3N/4, .. N-1`: where paths end. The ladder has all."""
         return self.ladder[-1]
 
     def level(self, node: int) -> int:

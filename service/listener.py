@@ -31,9 +31,9 @@ from service.errors import (
     TooManyConnections,
 )
 from service.gate import Gate
+from service.glimpse import glimpsed_budget_ms
 from service.metrics import Metrics
 from service.settings import Settings
-from service.wishes import glimpsed_budget_ms
 
 _HEADER = HEADER.lower().encode()
 

@@ -69,7 +69,7 @@ class Runtime:
             nodes: internal nodes, a part of a path; may be empty.
             source: `x (rows, *input_shape)` if `embed`, else a state `(rows, *state_shape)` from an earlier run.
             embed: start at node 0, from `x`.
-            predict: read the head after the last block.
+            predict: read the head after the last block, which is an exit.
             keep_state: return the state after the last block, for a run that goes on from it.
         """
         visit = np.zeros(self._blocks, np.bool_)

@@ -6,7 +6,6 @@ Every protocol's route hands what its body wishes for to `with_headers`, so that
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -16,7 +15,6 @@ from urllib.parse import parse_qsl
 from pydantic import ValidationError
 
 from service.errors import InvalidInput
-from service.media import OCTETS, is_read
 from service.responses import describe
 from service.schemas import ABOUT_DEPTH, Wishes
 
@@ -55,12 +53,6 @@ _HEADERS: dict[bytes, tuple[str, Callable[[str], Any]]] = {
 _QUERY: dict[str, Callable[[str], Any]] = dict(_HEADERS.values()) | {"probabilities": _boolean}
 
 _LONGEST_KEPT = 200  # bytes of a query: longer than anybody needs
-
-_BUDGET, _TIMEOUT = b'"latency_budget_ms"', b'"timeout"'
-_HEADER_LENGTH = b"inference-header-content-length"
-_V1, _V2 = re.compile(r"/v1/.*/predict(/stream)?"), re.compile(r"/v2/.*/infer")
-_JSON_NUMBER = re.compile(rb"\s*:\s*([0-9.eE+-]{1,30})\s*[,}]")
-_LONGEST_SOUGHT = 1 << 18  # bytes of a body
 
 _TYPES: dict[Callable[[str], Any], str] = {_number: "number", _boolean: "boolean"}
 
@@ -121,47 +113,6 @@ def _read_query(query: bytes) -> QueryWishes:
         return QueryWishes.model_validate(found)
     except ValidationError as exc:
         raise InvalidInput(describe(exc.errors()[0])) from exc
-
-
-def glimpsed_budget_ms(
-    path: str, query: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes | bytearray
-) -> float | None:
-    """The latency budget of a request for answers as far as it shows before its `body` is decoded; none if it does not. It
-    decides who is refused unread, so what looks unusual shows none."""
-    headers = list(headers)
-    known = dict(headers)
-    is_v2 = _V2.fullmatch(path) is not None
-    if not (is_v2 or _V1.fullmatch(path)) or b"content-encoding" in known:
-        return None
-    try:
-        if not is_v2 and is_read(known.get(b"content-type", b"").decode("latin-1"), (OCTETS,), unnamed=False):
-            return with_headers(with_query(query), headers).latency_budget_ms
-        if is_v2 and _HEADER_LENGTH in known:  # of the JSON before the tensors
-            body = body[: int(known[_HEADER_LENGTH])]
-        if len(body) > _LONGEST_SOUGHT or b"\\u" in body:
-            return None
-        budget_ms = _shown(body, _BUDGET)
-        if budget_ms is None:
-            budget_ms = with_headers(Wishes(), headers).latency_budget_ms
-        if is_v2 and (timeout_us := _shown(body, _TIMEOUT)):
-            budget_ms = min(budget_ms or math.inf, timeout_us / 1000)
-    except (InvalidInput, ValueError):  # whoever reads it whole will say so
-        return None
-    return budget_ms or None
-
-
-def _shown(text: bytes | bytearray, name: bytes) -> float | None:
-    """The number that JSON has under a quoted name; none if that is not in it.
-
-    Raises:
-        ValueError: it is there more than once, or is no number from zero on.
-    """
-    if (place := text.find(name)) < 0:
-        return None
-    value = _JSON_NUMBER.match(text, place + len(name))
-    if value is None or text.count(name) > 1 or (number := float(value[1])) < 0:
-        raise ValueError(f"expected one number for {name.decode()}")
-    return number
 
 
 def with_headers(wishes: W, headers: Iterable[tuple[bytes, bytes]]) -> W:

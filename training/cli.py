@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.nn import ModuleDict
 
 from family import tree as algebra
 from training import compare as comparison
@@ -306,7 +305,7 @@ def _describe(run: RunConfig, family: Family, data: Dataset) -> None:
     rows = len(data.train)
     tree, method = family.tree, METHODS[run.train.method]
     embed, blocks, head = (sum(p.numel() for p in part.parameters()) for part in (family.embed, family.blocks, family.head))
-    heads = "the heads" if isinstance(family.head, ModuleDict) else "the head"
+    heads = "the head" if family.shares_head else "the heads"
     steps = steps_of(run, tree, rows)
     of_a_row = method.evaluations(run.train, tree)
     paths = method.paths(run.train, tree) if method.paths else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,9 @@ class Family(nn.Module):
         head: a state -> logits `(batch, classes) float32`, the prediction of node N. One for all paths, as published, or
             one for each of the D exits that they end at (`Tree.exits`, in that order).
 
+    Attributes:
+        shares_head: whether all paths have one head.
+
     Dropout may be anywhere. The last axis of a state is its features, the others before it are tokens.
 
     Raises:
@@ -52,12 +56,13 @@ class Family(nn.Module):
         if count < 1 or count & (count + 1):
             raise ValueError(f"a family has 2**D - 1 blocks (1, 3, 7, 15, ...), one for each node of its tree, got {count}")
         self.tree = Tree(count.bit_length())
-        if isinstance(head, nn.Module):
-            self.head = head
-        elif len(head) == len(self.tree.exits):
-            self.head = nn.ModuleDict({str(node): each for node, each in zip(self.tree.exits, head, strict=True)})
+        self.shares_head = isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList)
+        if self.shares_head:
+            self.head = cast(nn.Module, head)
+        elif len(heads := cast(Sequence[nn.Module], head)) == len(self.tree.exits):
+            self.head = nn.ModuleDict({str(node): each for node, each in zip(self.tree.exits, heads, strict=True)})
         else:
-            raise ValueError(f"a family of {count} blocks has one head or {len(self.tree.exits)}, got {len(head)}")
+            raise ValueError(f"a family of {count} blocks has one head or {len(self.tree.exits)}, got {len(heads)}")
         _require_own_parameters(self)
         _refuse_batch_statistics(self)
 
@@ -71,7 +76,7 @@ class Family(nn.Module):
 
     def head_at(self, node: int) -> nn.Module:
         """The head of paths that end at this exit."""
-        return self.head[str(node)] if isinstance(self.head, nn.ModuleDict) else self.head
+        return self.head if self.shares_head else self.head.get_submodule(str(node))
 
 
 def _require_own_parameters(family: Family) -> None:
@@ -198,9 +203,11 @@ def build_family(config: ModelConfig, seed: int, spec: DataSpec = DIGITS, factor
         case VitConfig():
             patches = PatchEmbed(spec, config.patch, config.width, init, generator)
             blocks = TransformerBlocks(count, patches.tokens, config.width, config.heads, config.hidden, init)
-            heads = config.hierarchy_depth if config.exit_heads else 1
-            head = [LinearHead(config.width, classes, init, norm=True, pool=True) for _ in range(heads)]
-            return Family(patches, blocks, head if config.exit_heads else head[0])
+
+            def head() -> LinearHead:
+                return LinearHead(config.width, classes, init, norm=True, pool=True)
+
+            return Family(patches, blocks, [head() for _ in range(config.hierarchy_depth)] if config.exit_heads else head())
         case ResMlpConfig():
             blocks, norm = ResidualBlocks(count, config.width, config.hidden, init), True
         case MlpConfig():

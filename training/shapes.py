@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.model import Family
 
@@ -54,7 +54,7 @@ def shapes_of(family: Family, x: Tensor) -> Shapes:
 
 
 def _classes(family: Family, node: int, state: Tensor) -> int:
-    name = f"the head of node {node}" if isinstance(family.head, nn.ModuleDict) else "the head"
+    name = "the head" if family.shares_head else f"the head of node {node}"
     logits = _run(name, family.head_at(node), state)
     if logits.ndim != 2 or len(logits) != len(state):
         raise ShapeError(f"{name}: expected logits of shape [{len(state)}, classes], got {list(logits.shape)}")

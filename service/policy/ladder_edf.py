@@ -180,14 +180,14 @@ class LadderEdf:
     ) -> tuple[list[Row], Segment]:
         """The next batch of first answers, straight to a deeper path if that is as good."""
         rows, segment, left_s = self._first.take(now_s, batches)
+        path, short_s = None, min(limit_s, left_s)
         if not crowded:
-            limit_straight_s = min(limit_s, left_s)
-            path = straight(self._offer, self._price.per_second, rows, now_s, limit_straight_s, alone=not self.waiting())
-            if path is not None:
-                for row in rows:
-                    row.target = path
-                return rows, Segment(path, embed=True)
-        return self._join(rows, segment, now_s, limit_s, left_s)
+            path = straight(self._offer, self._price.per_second, rows, now_s, short_s, alone=not self.waiting())
+        if path is None:
+            return self._join(rows, segment, now_s, limit_s, left_s)
+        for row in rows:
+            row.target = path
+        return rows, Segment(path, embed=True)
 
     def _spare_for_deeper_s(self, now_s: float, batches: dict[Segment, list[Due]]) -> float:
         """How long deeper work may keep these batches of first answers waiting."""

@@ -24,7 +24,7 @@ TARGET = "/v1/models/digits/predict"
 JSON = {"inputs": np.zeros((1, 28, 28)).tolist()}
 RAW = np.zeros((28, 28), "<f4").tobytes()
 INFER = "/v2/models/digits/infer"
-ROW = {"name": "x", "datatype": "FP32", "shape": [1, 28, 28], "data": [0.0] * 784}
+ROW = {"name": "x", "datatype": "FP32", "shape": [1, 28, 28], "parameters": {"binary_data_size": len(RAW)}}
 
 Kind = Literal["raw", "json", "v2"]
 
@@ -57,11 +57,13 @@ def ask(server: LiveServer, connections: list[HTTPConnection], budget_ms: float,
             if kind == "raw":
                 headers["Content-Type"] = "application/octet-stream"
                 connection.request("POST", f"{TARGET}?{urlencode(budget)}", RAW, headers)
+            elif kind == "json":
+                body = json.dumps(JSON | budget)
+                connection.request("POST", TARGET, body, headers | {"Content-Type": "application/json"})
             else:
-                target, content = (
-                    (TARGET, JSON | budget) if kind == "json" else (INFER, {"inputs": [ROW], "parameters": budget})
-                )
-                connection.request("POST", target, json.dumps(content), headers | {"Content-Type": "application/json"})
+                body = json.dumps({"inputs": [ROW], "parameters": budget})
+                headers["Inference-Header-Content-Length"] = str(len(body))
+                connection.request("POST", INFER, body.encode() + RAW, headers)
     finally:
         server.process.send_signal(signal.SIGCONT)
     return [connection.getresponse() for connection in connections]
@@ -84,7 +86,7 @@ def test_who_is_late_is_refused_unread_and_keeps_the_connection(
         assert (response.status, answer["code"]) == (504, "deadline_expired")
         assert response.headers["X-Request-Id"] == f"crowd-{number}"
         unread += "for the server to read it" in answer["error"]
-    assert CROWD / 2 < unread < CROWD  # the first of each turn are begun with
+    assert CROWD / 2 < unread < CROWD  # the first eight are begun with
     assert refusals(server, "deadline_expired") == before + CROWD
     for response in ask(server, connections, 60_000, kind):
         assert response.status == 200, response.read()

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import json
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from service.errors import InvalidInput
 from service.schemas import PredictRequest, StreamRequest, Wishes
-from service.wishes import glimpsed_budget_ms, with_headers
+from service.wishes import with_headers
 
 
 def merged(body: Wishes, **headers: str) -> Wishes:
@@ -91,81 +87,3 @@ def test_a_header_that_comes_twice_is_refused() -> None:
 def test_headers_obey_the_rules_of_the_whole_request() -> None:
     with pytest.raises(InvalidInput, match="monotone"):
         merged(StreamRequest(inputs=[1], monotone=True), max_risk="0.05")
-
-
-PREDICT = "/v1/models/digits/versions/1/predict"
-RAW = (b"content-type", b"application/octet-stream")
-HEADER = (b"x-latency-budget-ms", b"7")
-
-
-@pytest.mark.parametrize(
-    ("query", "headers", "body", "budget_ms"),
-    [
-        (b"latency_budget_ms=5&path=4", [RAW], b"", 5),
-        (b"latency_budget_ms=5", [RAW, HEADER], b"", 5),
-        (b"path=4", [RAW, HEADER], b"", 7),
-        (b"path=4", [RAW], b"", None),
-        (b"latency_budget_ms=0", [RAW], b"", None),  # to be refused by whoever reads it
-        (b"nonsense=1", [RAW], b"", None),
-        (b"", [], b'{"inputs": [1], "latency_budget_ms": 5}', 5),
-        (b"", [HEADER], b'{"latency_budget_ms":5e1,"inputs":[1]}', 50),
-        (b"latency_budget_ms=5", [], b'{"inputs": [1]}', None),  # not read there
-        (b"", [HEADER], b'{"inputs": [1]}', 7),
-        (b"", [HEADER], b'{"latency\\u005fbudget_ms": 5000}', None),
-        (b"", [], b'{"latency_budget_ms": null}', None),
-        (b"", [], b'{"latency_budget_ms": -5}', None),
-        (b"", [], b'{"latency_budget_ms": 5', None),
-        (b"", [], b'{"a": "latency_budget_ms", "latency_budget_ms": 5}', None),
-        (b"", [(b"content-encoding", b"gzip")], b'{"latency_budget_ms": 5}', None),
-        (b"", [], b'{"inputs": [' + b"1," * (1 << 17) + b'1], "latency_budget_ms": 5}', None),
-    ],
-)
-def test_a_budget_is_glimpsed_where_it_shows_and_nothing_is_guessed(
-    query: bytes, headers: list[tuple[bytes, bytes]], body: bytes, budget_ms: float | None
-) -> None:
-    assert glimpsed_budget_ms(PREDICT, query, headers, bytearray(body)) == budget_ms
-    for other in ("/v2/models/digits", "/v2/repository/models/digits/load", "/v1/models/digits/audits/reset"):
-        assert glimpsed_budget_ms(other, query, headers, bytearray(body)) is None
-
-
-LENGTH = b"inference-header-content-length"
-
-
-@pytest.mark.parametrize(
-    ("headers", "body", "budget_ms"),
-    [
-        ([], b'{"inputs": [], "parameters": {"latency_budget_ms": 5}}', 5),
-        ([], b'{"parameters": {"latency_budget_ms": 5, "timeout": 4000}}', 4),
-        ([], b'{"parameters": {"latency_budget_ms": 5, "timeout": 6000}}', 5),
-        ([], b'{"parameters": {"timeout": 6000}}', 6),
-        ([], b'{"parameters": {"timeout": 0}}', None),
-        ([HEADER], b'{"parameters": {"timeout": 0}}', 7),
-        ([HEADER], b'{"parameters": {"timeout": 8000}}', 7),
-        ([HEADER], b'{"parameters": {"latency_budget_ms": 5}}', 5),
-        ([HEADER], b'{"inputs": [{"name": "timeout"}]}', None),
-        ([HEADER], b'{"outputs": [{"parameters": {"timeout": 5}}], "parameters": {"timeout": 6}}', None),
-        ([(LENGTH, b"26"), HEADER], b'{"parameters":{"timeout":5}}"latency_budget_ms": 1', None),
-        ([(LENGTH, b"29")], b'{"parameters":{"timeout":50}}"latency_budget_ms": 1', 0.05),
-        ([(LENGTH, b"0"), HEADER], b'{"latency_budget_ms": 1}', 7),
-        ([(LENGTH, b"many"), HEADER], b"{}", None),
-        ([(b"content-encoding", b"gzip")], b'{"parameters": {"timeout": 6000}}', None),
-    ],
-)
-def test_so_is_that_of_the_open_inference_protocol(
-    headers: list[tuple[bytes, bytes]], body: bytes, budget_ms: float | None
-) -> None:
-    for path in ("/v2/models/digits/infer", "/v2/models/digits/versions/1/infer"):
-        assert glimpsed_budget_ms(path, b"", headers, bytearray(body)) == budget_ms
-
-
-@given(
-    st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5)),
-    st.floats(1e-6, 1e9),
-    st.sampled_from((None, 2)),
-)
-def test_of_flat_json_the_budget_is_what_a_parser_finds(
-    others: dict[str, object], budget_ms: float, indent: int | None
-) -> None:
-    body = json.dumps({**others, "latency_budget_ms": budget_ms}, indent=indent)
-    expected = None if "\\u" in body else budget_ms
-    assert glimpsed_budget_ms(PREDICT, b"", [], bytearray(body, "utf-8")) == expected
