@@ -29,7 +29,7 @@ from training.trainer import train
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
-SMALL_VIT = VitConfig(hierarchy_depth=3, patch=14, width=16, heads=2, hidden=16)
+SMALL_VIT = VitConfig(hierarchy_depth=3, patch=14, width=16, heads=2, hidden=16, exit_heads=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

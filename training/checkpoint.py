@@ -91,10 +91,7 @@ def load_run_config(run: Path) -> RunConfig:
     """
     file = run / CONFIG_FILE
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(raw, dict) and isinstance(model := raw.get("model"), dict) and model.get("kind") == "vit":
-            model.setdefault("exit_heads", False)  # a run says all that it is; before there was a choice it had one head
-        return parse_config(raw, str(file))
+        return parse_config(json.loads(file.read_text(encoding="utf-8")), str(file))
     except OSError as exc:
         raise CheckpointError(f"{run} holds no training run: cannot read {file} ({exc.strerror})") from exc
     except (ValueError, RecursionError) as exc:  # not text, not JSON, not a configuration

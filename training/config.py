@@ -35,7 +35,7 @@ class VitConfig(_FamilyConfig):
     heads: int = Field(2, ge=1, description="attention heads; must divide the width")
     hidden: int = Field(96, ge=1, description="hidden features of a block's MLP")
     exit_heads: bool = Field(
-        True, description="a head for each of the nodes that paths end at, rather than one for all as published"
+        False, description="a head for each of the nodes that paths end at, rather than one for all as published"
     )
 
     @model_validator(mode="after")

@@ -113,7 +113,7 @@ METHODS: dict[MethodName, Method] = {
         divided_by=("data", "tree"),
     ),
     "hbll-paper": Method(
-        "the same as published: latent losses summed over features, c = 1/4 (a ViT also has model.exit_heads=false there)",
+        "the same as published: latent losses summed over features, c = 1/4",
         _hbll_as_published,
         lambda _, tree: hbll_evaluations(tree),
         divided_by=("data", "tree"),
