@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from export.certify import DELTA, EPSILONS, certify, confidences_and_answers, disagreements, exits
+from export.certify import DELTA, EPSILONS, certify, disagreements, exits
 from family.manifest import load_manifest
+from training import calibrate
 from training.checkpoint import load_family
 from training.evaluate import path_logits
 from training.sources import load_data_of
@@ -35,9 +36,12 @@ def main(run: FilePath, bundle: FilePath, splits: int) -> None:
     data = load_data_of(run, config.data)
     images = torch.cat([data.certification.x, data.test.x])
     labels = torch.cat([data.certification.labels, data.test.labels]).numpy()
-    logits = path_logits(family, images, manifest.climb)
-    temperatures = [manifest.offered[path].temperature for path in manifest.climb]
-    confidences, answers = confidences_and_answers([logits[path].numpy() for path in manifest.climb], temperatures)
+    of_path = {
+        path: calibrate.answers(logits.numpy(), labels, manifest.offered[path].temperature)
+        for path, logits in path_logits(family, images, manifest.climb)
+    }
+    confidences = np.stack([of_path[path].confidence for path in manifest.climb])
+    answers = np.stack([of_path[path].answer for path in manifest.climb])
     depths = np.array([len(path) for path in manifest.climb])
 
     found: dict[float, list[tuple[float, float, float]]] = {epsilon: [] for epsilon in EPSILONS}

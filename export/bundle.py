@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path as FilePath
@@ -13,7 +13,7 @@ from pathlib import Path as FilePath
 import numpy as np
 from numpy.typing import NDArray
 
-from export.certify import DELTA, certify, confidences_and_answers, disagreements
+from export.certify import DELTA, certify, disagreements
 from export.graph import Parts, Placement, export_parts, gated_graph, path_graph, place
 from export.verify import Difference, verify_bundle
 from family.choice import pareto_front, reference_path
@@ -34,7 +34,7 @@ from family.manifest import (
     sha256_of,
 )
 from family.tree import Path, Tree, format_path
-from training.calibrate import fit_temperature, measure
+from training.calibrate import Answers, answers, fit_temperature, measure
 from training.checkpoint import Origin, Progress
 from training.config import RunConfig
 from training.cost import costs
@@ -85,8 +85,8 @@ def export_bundle(
     target.parent.mkdir(parents=True, exist_ok=True)
     _put_leftovers_right(target)
     _require_free(target, replace)
-    validation = _logits(family, data.validation, trained_paths(config, family.tree, tuple(family.tree.paths())))
-    accuracies = {path: _accuracy(logits, data.validation) for path, logits in validation.items()}
+    trained = trained_paths(config, family.tree, tuple(family.tree.paths()))
+    accuracies = {path: _accuracy(logits, data.validation) for path, logits in _logits(family, data.validation, trained)}
     chosen = choose_paths(family.tree, accuracies, paths)
     steps = 6 + 2 * len(chosen)  # parts, weights, gated graph, two of metrics; each path twice
 
@@ -99,9 +99,7 @@ def export_bundle(
         parts = export_parts(family, data.validation.x[:2])
         advance("parts")
         _write_graphs(temporary, parts, place(parts.initializers), chosen, advance)
-        entries = _entries(
-            family, chosen, validation, data, reference_path(family.tree, {p: accuracies[p] for p in chosen})
-        )
+        entries = _entries(family, chosen, data, reference_path(family.tree, {p: accuracies[p] for p in chosen}))
         advance("calibrated")
         names = (WEIGHTS_FILE, GATED_FILE, *(file_name(path) for path in chosen))
         manifest = Manifest(
@@ -182,35 +180,31 @@ def _write_graphs(
         advance(file_name(path))
 
 
-def _entries(
-    family: Family, paths: tuple[Path, ...], validation: dict[Path, NDArray[np.float32]], data: Dataset, reference: Path
-) -> tuple[PathEntry, ...]:
+def _entries(family: Family, paths: tuple[Path, ...], data: Dataset, reference: Path) -> tuple[PathEntry, ...]:
     flops, parameters = costs(family, data.validation.x[:1])
-    test = _logits(family, data.test, paths)
-    entries = []
-    for path in paths:
-        labels = data.validation.labels.numpy()
-        temperature = fit_temperature(validation[path], labels)
-        entries.append(
-            PathEntry(
-                path=format_path(path),
-                file=file_name(path),
-                parameters=parameters.of(path),
-                flops=flops.of(path),
-                temperature=temperature,
-                validation=measure(validation[path], labels, validation[reference], temperature),
-                test=measure(test[path], data.test.labels.numpy(), test[reference], temperature),
-            )
+    labels = data.validation.labels.numpy()
+    temperatures = {path: fit_temperature(logits, labels) for path, logits in _logits(family, data.validation, paths)}
+    validation, test = (_answers(family, split, temperatures) for split in (data.validation, data.test))
+    return tuple(
+        PathEntry(
+            path=format_path(path),
+            file=file_name(path),
+            parameters=parameters.of(path),
+            flops=flops.of(path),
+            temperature=temperatures[path],
+            validation=measure(validation[path], validation[reference]),
+            test=measure(test[path], test[reference]),
         )
-    return tuple(entries)
+        for path in paths
+    )
 
 
 def _certificate(family: Family, manifest: Manifest, split: Split) -> Certificate:
     """On the certification split, which nothing else looks at."""
-    logits = _logits(family, split, manifest.climb)
-    temperatures = [manifest.offered[path].temperature for path in manifest.climb]
-    confidences, answers = confidences_and_answers([logits[path] for path in manifest.climb], temperatures)
-    levels = certify(disagreements(confidences, answers), len(split))
+    found = _answers(family, split, {path: manifest.offered[path].temperature for path in manifest.climb})
+    confidences = np.stack([found[path].confidence for path in manifest.climb])
+    given = np.stack([found[path].answer for path in manifest.climb])
+    levels = certify(disagreements(confidences, given), len(split))
     return Certificate(
         sequence=tuple(map(format_path, manifest.climb)),
         delta=DELTA,
@@ -219,12 +213,16 @@ def _certificate(family: Family, manifest: Manifest, split: Split) -> Certificat
     )
 
 
-def _logits(family: Family, split: Split, paths: Iterable[Path]) -> dict[Path, NDArray[np.float32]]:
-    logits = {path: values.numpy() for path, values in path_logits(family, split.x, paths).items()}
-    for path, values in logits.items():
-        if not np.isfinite(values).all():
+def _answers(family: Family, split: Split, temperatures: Mapping[Path, float]) -> dict[Path, Answers]:
+    labels = split.labels.numpy()
+    return {path: answers(logits, labels, temperatures[path]) for path, logits in _logits(family, split, temperatures)}
+
+
+def _logits(family: Family, split: Split, paths: Iterable[Path]) -> Iterator[tuple[Path, NDArray[np.float32]]]:
+    for path, logits in path_logits(family, split.x, paths):
+        if not logits.isfinite().all():
             raise BundleError(f"path {format_path(path)} of this family gives NaN or infinity: it cannot be served")
-    return logits
+        yield path, logits.numpy()
 
 
 def _accuracy(logits: NDArray[np.float32], split: Split) -> float:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import softmax
 from scipy.stats import binom
 
 THRESHOLDS = (
@@ -49,15 +48,6 @@ class CertifiedLevel:
 
     epsilon: float
     threshold: float
-
-
-def confidences_and_answers(
-    logits: Sequence[NDArray[np.floating]], temperatures: Sequence[float]
-) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """What each path of a sequence says of each row: `logits` `(rows, classes)` per path -> both `(paths, rows)`."""
-    probabilities = [softmax(each.astype(np.float64) / t, axis=1) for each, t in zip(logits, temperatures, strict=True)]
-    confidences = np.stack([values.max(axis=1) for values in probabilities])
-    return confidences, np.stack([values.argmax(axis=1) for values in probabilities])
 
 
 def exits(confidences: NDArray[np.floating], threshold: float) -> NDArray[np.intp]:

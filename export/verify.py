@@ -56,7 +56,7 @@ def verify_bundle(
             raise BundleError(f"{bundle / name} is not a valid ONNX graph: {exc}") from exc
     gated = _session(bundle / GATED_FILE)
     inputs = [_examples(manifest, rows) for rows in BATCHES]
-    expected = [path_logits(family, torch.from_numpy(x), manifest.offered) for x in inputs] if family else None
+    expected = [dict(path_logits(family, torch.from_numpy(x), manifest.offered)) for x in inputs] if family else None
     differences = []
     for path, entry in manifest.offered.items():
         own = _session(bundle / entry.file)

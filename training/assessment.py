@@ -8,12 +8,11 @@ from itertools import pairwise
 from pathlib import Path as FilePath
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from family.choice import best_by_depth, climb, pareto_front, reference_path
 from family.tree import Hop, Path, Tree, extends, format_path
-from training import calibrate
+from training.calibrate import Answers, answers, fit_temperature, measure
 from training.checkpoint import CheckpointError, write_atomically
 from training.cost import costs
 from training.dataset import Dataset, Split
@@ -21,9 +20,6 @@ from training.evaluate import path_logits
 from training.model import Family
 
 METRICS_FILE = "metrics.json"
-
-Logits = Mapping[Path, NDArray[np.float32]]
-"""Of every path, `(rows, classes)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +57,12 @@ class PathMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """All of it. `test_logits` are what the metrics on test data are of."""
+    """All of it. `plain` and `scaled` are what the metrics on test data are of, as those are."""
 
     tree: Tree
     paths: dict[Path, PathMetrics]
-    test_logits: Logits
-    test_labels: NDArray[np.int64]
+    plain: Mapping[Path, Answers]
+    scaled: Mapping[Path, Answers]
 
     @property
     def reference(self) -> Path:
@@ -81,11 +77,6 @@ class Assessment:
     @property
     def _accuracies(self) -> dict[Path, float]:
         return {path: metrics.validation.accuracy for path, metrics in self.paths.items()}
-
-    def confidences(self, path: Path, *, scaled: bool) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Of every test row: the probability of the answer, and whether it is right; both `(rows,)`."""
-        temperature = self.paths[path].temperature if scaled else 1.0
-        return calibrate.confidences(self.test_logits[path], self.test_labels, temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,29 +98,32 @@ def assess(family: Family, data: Dataset, paths: Sequence[Path]) -> Assessment:
     tree = family.tree
     device = next(family.parameters()).device
     flops, parameters = costs(family, data.validation.x[:1].to(device))
-    validation, test = (_logits(family, split, paths) for split in (data.validation, data.test))
-    labels, test_labels = (split.labels.numpy() for split in (data.validation, data.test))
-    accuracies = {path: float((logits.argmax(axis=1) == labels).mean()) for path, logits in validation.items()}
+    labels = data.validation.labels.numpy()
+    logits_of_paths = path_logits(family, data.validation.x, paths)
+    temperatures = {path: fit_temperature(logits.float().numpy(), labels) for path, logits in logits_of_paths}
+    validation, test = (_on_split(family, split, temperatures) for split in (data.validation, data.test))
+    accuracies = {path: float(plain.correct.mean()) for path, (plain, _) in validation.items()}
     best, front = best_by_depth(tree, accuracies), pareto_front(tree, accuracies)  # which ends at the reference path
-    found = {}
-    for path in sorted(paths, key=lambda path: (len(path), path)):
-        temperature = calibrate.fit_temperature(validation[path], labels)
-        found[path] = PathMetrics(
+    found = {
+        path: PathMetrics(
             depth=len(path),
             flops=flops.of(path),
             parameters=parameters.of(path),
-            temperature=temperature,
+            temperature=temperatures[path],
             best_of_depth=best[len(path)] == path,
             on_front=path in front,
-            validation=_on_split(validation[path], labels, validation[front[-1]], temperature),
-            test=_on_split(test[path], test_labels, test[front[-1]], temperature),
+            validation=_metrics(validation[path], validation[front[-1]]),
+            test=_metrics(test[path], test[front[-1]]),
         )
-    return Assessment(tree, found, test, test_labels)
+        for path in sorted(paths, key=lambda path: (len(path), path))
+    }
+    plain, scaled = ({path: both[place] for path, both in test.items()} for place in (0, 1))
+    return Assessment(tree, found, plain, scaled)
 
 
 def climb_until(assessment: Assessment, min_confidence: float) -> Climb:
     """Climb with every test row: as the service does on an idle server, where no time runs out."""
-    rows = len(assessment.test_labels)
+    rows = len(assessment.scaled[assessment.sequence[0]].answer)
     climbing, right, blocks = np.ones(rows, bool), np.zeros(rows, bool), 0.0
     use = dict.fromkeys(assessment.tree.hops, 0.0)
     before: Path = ()
@@ -140,9 +134,9 @@ def climb_until(assessment: Assessment, min_confidence: float) -> Climb:
         blocks += share * (len(chain) - 1)
         for hop in pairwise((*chain, assessment.tree.n)):
             use[hop] = max(use[hop], share)  # those who run it again have run it before
-        confidence, correct = assessment.confidences(target, scaled=True)
-        leaving = climbing & ((confidence >= min_confidence) | (target == assessment.sequence[-1]))
-        right[leaving] = correct[leaving]
+        found = assessment.scaled[target]
+        leaving = climbing & ((found.confidence >= min_confidence) | (target == assessment.sequence[-1]))
+        right[leaving] = found.correct[leaving]
         climbing &= ~leaving
         before = target
     return Climb(min_confidence, float(right.mean()), blocks, use)
@@ -173,14 +167,17 @@ def read_metrics(folder: FilePath) -> dict[Path, PathMetrics]:
 _METRICS = TypeAdapter(dict[str, PathMetrics])
 
 
-def _logits(family: Family, split: Split, paths: Sequence[Path]) -> Logits:
-    return {path: logits.float().numpy() for path, logits in path_logits(family, split.x, paths).items()}
+def _on_split(family: Family, split: Split, temperatures: Mapping[Path, float]) -> dict[Path, tuple[Answers, Answers]]:
+    """Of every path the answers by plain and by scaled probabilities."""
+    labels = split.labels.numpy()
+    return {
+        path: (answers(values := logits.float().numpy(), labels), answers(values, labels, temperatures[path]))
+        for path, logits in path_logits(family, split.x, temperatures)
+    }
 
 
-def _on_split(
-    logits: NDArray[np.float32], labels: NDArray[np.int64], reference: NDArray[np.float32], temperature: float
-) -> SplitMetrics:
-    plain, scaled = (calibrate.measure(logits, labels, reference, value) for value in (1.0, temperature))
+def _metrics(path: tuple[Answers, Answers], reference: tuple[Answers, Answers]) -> SplitMetrics:
+    plain, scaled = (measure(*pair) for pair in zip(path, reference, strict=True))
     return SplitMetrics(
         accuracy=plain.accuracy,
         agreement=plain.agreement,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
@@ -44,10 +46,30 @@ def calibration_error(confidence: NDArray[np.floating], correct: NDArray[np.bool
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def confidences(logits: Logits, labels: Labels, temperature: float) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The probability that `softmax(logits / temperature)` gives each row's answer, and whether it is right; `(rows,)`."""
-    probabilities: NDArray[np.float64] = np.exp(log_softmax(logits.astype(np.float64) / temperature, axis=1))
-    return probabilities.max(axis=1), logits.argmax(axis=1) == labels
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a path says of each row, by `softmax(logits / temperature)`; all arrays are `(rows,)`.
+
+    `answer` is the likeliest class and `confidence` its probability, 0..1; `correct`: it is the label. `loss` is the
+    negative log-likelihood of the label, in nats.
+    """
+
+    answer: NDArray[np.intp]
+    confidence: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+    loss: NDArray[np.float64]
+
+
+def answers(logits: Logits, labels: Labels, temperature: float = 1.0) -> Answers:
+    """Read the answers off logits `(rows, classes)`, with labels `(rows,)`."""
+    log_probabilities = log_softmax(logits.astype(np.float64) / temperature, axis=1)
+    answer = logits.argmax(axis=1)
+    return Answers(
+        answer=answer,
+        confidence=np.exp(log_probabilities.max(axis=1)),
+        correct=answer == labels,
+        loss=-log_probabilities[np.arange(len(labels)), labels],
+    )
 
 
 def reliability(
@@ -61,14 +83,13 @@ def reliability(
     return means[0], means[1], rows[filled]
 
 
-def measure(logits: Logits, labels: Labels, reference_logits: Logits, temperature: float) -> Metrics:
-    """A path's metrics on one split, its probabilities scaled by `temperature`."""
-    confidence, correct = confidences(logits, labels, temperature)
+def measure(path: Answers, reference: Answers) -> Metrics:
+    """A path's metrics on one split, where the reference path gave these answers."""
     return Metrics(
-        accuracy=float(correct.mean()),
-        loss=cross_entropy(logits / temperature, labels),
-        agreement=float((logits.argmax(axis=1) == reference_logits.argmax(axis=1)).mean()),
-        calibration_error=calibration_error(confidence, correct),
+        accuracy=float(path.correct.mean()),
+        loss=float(path.loss.mean()),
+        agreement=float((path.answer == reference.answer).mean()),
+        calibration_error=calibration_error(path.confidence, path.correct),
     )
 
 

@@ -93,7 +93,8 @@ def plot_reliability(assessment: Assessment, name: str, file: Path) -> None:
         result = assessment.paths[path]
         axes.plot([0, 100], [0, 100], color=QUIET, linewidth=1, linestyle=":")
         for scaled, colour in ((False, QUIET), (True, ACCENT)):
-            confidence, accuracy, rows = reliability(*assessment.confidences(path, scaled=scaled))
+            found = (assessment.scaled if scaled else assessment.plain)[path]
+            confidence, accuracy, rows = reliability(found.confidence, found.correct)
             error = result.test.scaled_calibration_error if scaled else result.test.calibration_error
             label = f"{f'T = {result.temperature:.2f}' if scaled else 'unscaled'}: ECE {100 * error:.1f} %"
             axes.plot(100 * confidence, 100 * accuracy, color=colour, linewidth=1)

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from family.tree import Tree, format_path
-from tests.conftest import Trained
+from tests.conftest import SMALL_VIT, Trained
 from training.assessment import (
     Assessment,
     PathMetrics,
@@ -18,11 +19,13 @@ from training.assessment import (
     read_metrics,
     write_metrics,
 )
+from training.calibrate import answers
 from training.checkpoint import CheckpointError, load_family
 from training.cost import costs
 from training.dataset import Dataset
 from training.diagrams import plot_accuracy, plot_reliability, plot_use
-from training.evaluate import score_paths
+from training.evaluate import path_logits, score_paths
+from training.model import build_family
 
 TREE = Tree(2)
 
@@ -32,11 +35,12 @@ def _path(depth: int, accuracy: float) -> PathMetrics:
     return PathMetrics(depth, 0, 0, 1.0, True, True, split, split)
 
 
-def _assessment(accuracies: dict[tuple[int, ...], float], answers: dict[tuple[int, ...], list[float]]) -> Assessment:
-    """Two classes, and the right one is always 1: `answers` are the probabilities that a path gives it, row by row."""
-    logits = {path: np.array([[0, np.log(p / (1 - p))] for p in rows], np.float32) for path, rows in answers.items()}
+def _assessment(accuracies: dict[tuple[int, ...], float], given: dict[tuple[int, ...], list[float]]) -> Assessment:
+    """Two classes, and the right one is always 1: `given` are the probabilities that a path gives it, row by row."""
+    logits = {path: np.array([[0, np.log(p / (1 - p))] for p in rows], np.float32) for path, rows in given.items()}
+    found = {path: answers(values, np.ones(4, np.int64)) for path, values in logits.items()}
     metrics = {path: _path(len(path), accuracy) for path, accuracy in accuracies.items()}
-    return Assessment(TREE, metrics, logits, np.ones(4, np.int64))
+    return Assessment(TREE, metrics, found, found)
 
 
 def test_rows_leave_a_climb_at_the_first_path_that_is_confident() -> None:
@@ -85,6 +89,24 @@ def test_a_trained_family_is_measured_path_by_path(trained: Trained, digits: Dat
         draw(found, "digits", tmp_path / f"{number}.png")
     plot_use(found.tree, climb, "digits", tmp_path / "2.png")
     assert all((tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG") for number in range(3))
+
+
+def test_the_logits_of_all_paths_are_never_held_together(monkeypatch: pytest.MonkeyPatch, digits: Dataset) -> None:
+    """Of 50,000 classes those of one path are large."""
+    family = build_family(SMALL_VIT, seed=1)
+    most = 0
+
+    def watched(*args):
+        nonlocal most
+        alive = []
+        for path, logits in path_logits(*args):
+            alive = [ref for ref in alive if not ref.expired()] + [StorageWeakRef(logits.untyped_storage())]
+            most = max(most, len(alive))
+            yield path, logits
+
+    monkeypatch.setattr("training.assessment.path_logits", watched)
+    assess(family, digits, tuple(family.tree.paths()))
+    assert 1 <= most <= 2
 
 
 def test_metrics_are_read_back_and_those_of_another_version_are_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.calibrate import calibration_error, cross_entropy, fit_temperature, measure, reliability
+from training.calibrate import answers, calibration_error, cross_entropy, fit_temperature, measure, reliability
 
 
 @given(st.floats(0.3, 5.0), st.integers(0, 1000))
@@ -46,5 +46,6 @@ def test_the_bins_of_a_reliability_diagram_make_up_the_calibration_error() -> No
 def test_metrics_compare_with_the_reference() -> None:
     logits = np.array([[2.0, 0], [0, 2], [2, 0], [0, 2]])
     reference = np.array([[2.0, 0], [0, 2], [0, 2], [0, 2]])
-    metrics = measure(logits, np.array([0, 1, 1, 0]), reference, temperature=1.0)
+    labels = np.array([0, 1, 1, 0])
+    metrics = measure(answers(logits, labels), answers(reference, labels))
     assert (metrics.accuracy, metrics.agreement) == (0.5, 0.75)

@@ -11,7 +11,7 @@ from training.model import build_family
 def test_shared_prefixes_give_each_paths_own_logits() -> None:
     family = build_family(SMALL_VIT, seed=1)
     images = torch.rand(4, 28, 28)
-    logits = path_logits(family, images, family.tree.paths())
+    logits = dict(path_logits(family, images, family.tree.paths()))
     assert len(logits) == 25
     for path, shared in logits.items():
         with torch.no_grad():
@@ -23,7 +23,8 @@ def test_each_distinct_prefix_runs_once(monkeypatch: object) -> None:
     runs = []
     at = family.blocks.at
     family.blocks.at = lambda node, state: runs.append(node) or at(node, state)  # type: ignore[method-assign, func-returns-value]
-    path_logits(family, torch.rand(2, 28, 28), family.tree.paths())
+    for _ in path_logits(family, torch.rand(2, 28, 28), family.tree.paths()):
+        pass
     assert len(runs) == 35
 
 

@@ -45,7 +45,7 @@ class FamilyTrial(Trial):
         team = Team(device=device())
         family = train(self.config, folder, data, lambda report: on_share(report.share), resume=True, team=team)
         paths = {text: family.tree.parse(text) for reading in self.readings for text in reading.paths}
-        logits = path_logits(family, data.test.x, paths.values())
+        logits = dict(path_logits(family, data.test.x, paths.values()))
         labels = data.test.labels[:, None]
 
         def accuracy(text: str, top: int) -> float:

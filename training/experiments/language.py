@@ -114,7 +114,7 @@ def score_windows(family: Family, corpus: Corpus, paths: tuple[TreePath, ...]) -
     at_once = max(1, min(WINDOWS_AT_ONCE, LOGITS_AT_ONCE // (context * corpus.vocabulary)))
     for x, y in corpus.test.all_windows(context, at_once):
         labels = y.to(device())
-        for path, logits in path_logits(family, x.to(device()), paths).items():
+        for path, logits in path_logits(family, x.to(device()), paths):
             total[path] += score(logits, labels).loss * len(y)
         rows += len(y)
     return {path: loss / rows for path, loss in total.items()}
