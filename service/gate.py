@@ -93,10 +93,16 @@ class Gate:
         self.pace = Pace()
         self._waiting: deque[Unread] = deque()
         self._begun = 0  # in this turn of the loop
+        self._turn_s: float | None = None  # when it began, if there were requests to be read then
 
     def waiting(self) -> int:
         """How many wait; those that begin at once never do."""
         return len(self._waiting)
+
+    def came_s(self, now_s: float) -> float:
+        """When a request that the loop reads now came, at the earliest. In a crowd the loop has been busy since its turn
+        began, and nobody sees what comes to a socket meanwhile: that takes of the budget, too."""
+        return now_s if self._turn_s is None else self._turn_s
 
     def enter(self, request: Unread) -> None:
         """A request begins now, or when it is its turn."""
@@ -112,9 +118,10 @@ class Gate:
         """The loop has been through all that was there when the latest began."""
         self._begun = 0
         if not self._waiting:
+            self._turn_s = None
             return
         asyncio.get_running_loop().call_soon(self._next_turn)
-        now_s = time.monotonic()
+        self._turn_s = now_s = time.monotonic()
         while self._waiting and self._begun < AT_ONCE:
             request = self._waiting.popleft()
             if request.gone:

@@ -181,7 +181,7 @@ class BoundedConnection(HttpToolsProtocol):
         """The parser's: the app is called from here."""
         self._in_head = False
         self._stop_waiting()
-        self.scope["state"]["arrived_s"] = time.monotonic()
+        self.scope["state"]["arrived_s"] = self.gate.came_s(time.monotonic())
         refused: ServiceError | None = None
         if self._unparsed_bytes > self.max_header_bytes:  # with what came of the body
             length = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)

@@ -111,6 +111,27 @@ def test_who_would_be_late_by_what_answers_take_is_refused() -> None:
     assert [request.refused is None for request in requests] == [True] * 8 + [False, True, True]
 
 
+def test_in_a_crowd_a_request_counts_from_when_the_loop_read_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr("service.gate.time", SimpleNamespace(monotonic=lambda: now_s))
+    gate, turn = Gate(), [0]
+    assert gate.came_s(now_s) == now_s
+
+    async def come() -> list[float]:
+        nonlocal now_s
+        for _ in range(17):  # two turns, and one more
+            gate.enter(Request("in time", turn))
+        assert gate.came_s(now_s) == now_s  # all that came yet
+        came_s = []
+        for _ in range(3):
+            await asyncio.sleep(0)
+            now_s += 1  # what has begun takes its time, in which nothing is read
+            came_s.append(gate.came_s(now_s))
+        return came_s
+
+    assert asyncio.run(come()) == [1000.0, 1001.0, 1003.0]  # the last turn begins with nobody waiting
+
+
 def test_a_stall_does_not_shut_the_gate_for_those_who_ask_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug found: all were refused by what answers had taken during the stall, so there were no others to learn from."""
     now_s = 1000.0
