@@ -77,12 +77,19 @@ def _hbll_as_published(context: Context, x: Tensor, y: Tensor) -> Step:
 
 
 def _mixed(context: Context, x: Tensor, y: Tensor, share: float) -> Step:
-    """An HBLL step, as often as gives these `share` of the work, or sampled chains."""
-    tree, rng, team = context.family.tree, context.rng, context.team
-    if rng.random() < hbll_probability(tree, share):
-        return _hbll(context, x, y)
-    chains = sample_chains(tree, rng, context.settings.chains, len(x) * team.data_ranks)
-    return chains_step(context.family, chains, x, y, team=team)
+    """An HBLL step, as often as gives these `share` of the work, or sampled chains.
+
+    Where exits have heads of their own the chains alone train these: a local step would fit each to the ladder's states,
+    nudged as they are, and other paths end there too.
+    """
+    family, rng, team = context.family, context.rng, context.team
+    if rng.random() < hbll_probability(family.tree, share):
+        step = _hbll(context, x, y)
+        if not family.shares_head:
+            family.head.zero_grad(set_to_none=False)
+        return step
+    chains = sample_chains(family.tree, rng, context.settings.chains, len(x) * team.data_ranks)
+    return chains_step(family, chains, x, y, team=team)
 
 
 def _mixed_evaluations(tree: Tree, share: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -203,11 +204,9 @@ def build_family(config: ModelConfig, seed: int, spec: DataSpec = DIGITS, factor
         case VitConfig():
             patches = PatchEmbed(spec, config.patch, config.width, init, generator)
             blocks = TransformerBlocks(count, patches.tokens, config.width, config.heads, config.hidden, init)
-
-            def head() -> LinearHead:
-                return LinearHead(config.width, classes, init, norm=True, pool=True)
-
-            return Family(patches, blocks, [head() for _ in range(config.hierarchy_depth)] if config.exit_heads else head())
+            head = LinearHead(config.width, classes, init, norm=True, pool=True)
+            heads = [copy.deepcopy(head) for _ in range(config.hierarchy_depth)]  # which begin as one
+            return Family(patches, blocks, heads if config.exit_heads else head)
         case ResMlpConfig():
             blocks, norm = ResidualBlocks(count, config.width, config.hidden, init), True
         case MlpConfig():

@@ -92,6 +92,32 @@ def test_hbll_paper_is_the_published_step_whatever_hblls_own_settings(nudge: flo
         assert torch.equal(_gradients(by_name)[name], gradient), name
 
 
+@pytest.mark.parametrize("exit_heads", [True, False])
+def test_local_steps_mixed_with_chains_train_the_head_only_where_all_paths_share_it(exit_heads: bool) -> None:
+    x, y = torch.rand(6, 28, 28, generator=torch.Generator().manual_seed(1)), torch.arange(6)
+    model = SMALL_VIT.model_copy(update={"exit_heads": exit_heads})
+    mixed, local = (build_family(model, seed=2) for _ in range(2))
+    settings = _settings("hbll+chains", hbll_share=1)  # which leaves no chains
+    METHODS["hbll+chains"].step(_context(settings, mixed), x, y)
+    METHODS["hbll"].step(_context(settings, local), x, y)
+    for name, gradient in _gradients(local).items():
+        is_left_alone = exit_heads and name.startswith("head.")
+        assert gradient.any()
+        assert torch.equal(_gradients(mixed)[name], torch.zeros_like(gradient) if is_left_alone else gradient), name
+
+
+def test_heads_of_exits_begin_as_one_and_are_trained_apart() -> None:
+    family = build_family(SMALL_VIT, seed=0)
+    one = build_family(SMALL_VIT.model_copy(update={"exit_heads": False}), seed=0)
+    for node in family.tree.exits:
+        for name, weight in one.head.state_dict().items():
+            assert torch.equal(family.head_at(node).state_dict()[name], weight)
+    x, y = torch.rand(4, 28, 28), torch.arange(4)
+    METHODS["bp"].step(_context(_settings("bp", blocks=1), family), x, y)
+    trained = {node for node in family.tree.exits if any(p.grad is not None for p in family.head_at(node).parameters())}
+    assert trained == {4}
+
+
 def test_steps_are_counted_as_the_trainer_takes_them(tmp_path: Path, centred: Dataset) -> None:
     for name in ("exits", "cffm", "bp", "hbll"):
         config = RunConfig(
