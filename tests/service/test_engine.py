@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from family.tree import Path
 from service.answers import Answer
-from service.errors import DeadlineExpired, DeadlineInfeasible, InferenceFailed, NotReady, QueueFull
+from service.errors import DeadlineExpired, DeadlineInfeasible, NotReady, QueueFull
 from service.policy.wish import Wish
 from service.predict import _prediction
 from service.profile import LatencyProfile, Segment
@@ -277,38 +275,6 @@ def test_a_full_queue_refuses_at_once_and_keeps_who_waits() -> None:
     run(test)
 
 
-def test_a_failing_model_fails_its_requests_and_not_the_engine() -> None:
-    async def test() -> None:
-        async with bench() as b:
-            b.runner.error = RuntimeError("broken")
-            with pytest.raises(InferenceFailed):
-                await b.ask(0.1)
-            b.runner.error = None
-            assert (await b.ask(0.1)).rows
-            assert b.engine.ready
-
-    run(test)
-
-
-def test_a_surprise_in_the_engine_is_logged_and_fails_who_waits_and_not_the_engine(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An error outside of the model once ended the loop in silence: the request hung and later ones got 503."""
-
-    async def test() -> None:
-        async with bench() as b:
-            monkeypatch.setattr("service.policy.ladder_edf.LadderEdf.decide", lambda *_, **__: 1 / 0)
-            with pytest.raises(InferenceFailed):
-                await b.ask(0.1)
-            monkeypatch.undo()
-            assert (await b.ask(0.1)).rows
-            assert b.engine.ready
-
-    run(test)
-    assert "the engine met an error of its own" in caplog.text
-    assert "ZeroDivisionError" in caplog.text
-
-
 def test_a_row_that_stops_does_not_wait_for_those_that_climb_on() -> None:
     """A row with a budget was once delivered only when its whole batch had ended its climb, late."""
 
@@ -351,28 +317,6 @@ def test_newcomers_join_between_rungs() -> None:
             await asyncio.gather(first, second)
             assert [nodes for nodes, _, _ in b.runner.runs][:4] == [(4,), (4,), (6,), (7,)]
             assert sum(count for _, count, _ in b.runner.runs) == 5
-
-    run(test)
-
-
-def test_stopping_refuses_who_waits_and_loses_none() -> None:
-    async def test() -> None:
-        async with bench() as b:
-            b.runner.go.clear()
-            b.runner.began.clear()
-            running = b.ask(0.1)
-            await asyncio.to_thread(b.runner.began.wait, 30)
-            waiting = b.ask(0.2)
-            await asyncio.sleep(0)
-            stopping = asyncio.create_task(b.engine.stop())
-            await asyncio.sleep(0)
-            b.runner.go.set()
-            await stopping
-            assert len((await running).rows) == 1
-            with pytest.raises(NotReady):
-                await waiting
-            with pytest.raises(NotReady):
-                await b.ask(0.3)
 
     run(test)
 
@@ -448,170 +392,6 @@ def test_rows_of_a_request_may_end_at_different_times_for_different_reasons() ->
     run(test)
 
 
-# Death of the inference thread
-
-
-def dies(times: int) -> Callable[[tuple[int, ...]], None]:
-    """What a runner does before it runs: end its thread, so many times."""
-    left = [times]
-
-    def before(_: tuple[int, ...]) -> None:
-        if left[0]:
-            left[0] -= 1
-            raise SystemExit
-
-    return before
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_batch_whose_thread_dies_runs_once_more_and_nobody_notices() -> None:
-    async def test() -> None:
-        async with bench() as b:
-            tasks: list[asyncio.Task[Answer]] = []
-            unready: list[bool] = []
-            die = dies(1)
-
-            def before(nodes: tuple[int, ...]) -> None:
-                unready.append(b.engine.ready)
-                die(nodes)
-
-            async def start() -> None:
-                tasks.extend(b.ask(0.02 * n, exit_at=0.99, asked_as="confidence") for n in range(8))
-                b.runner.before = before
-
-            await b.held(start)
-            answers = await asyncio.gather(*tasks)
-            assert [row.path for answer in answers for row in answer.rows] == [(1, 2, 3, 4, 5, 6, 7)] * 8
-            assert unready[:3] == [True, False, True]
-            assert b.engine.ready
-            assert b.metric("hbll_worker_deaths_total") == 1
-
-    run(test)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_batch_that_kills_the_thread_twice_fails_and_the_engine_lives_on() -> None:
-    """The engine once stayed unready for ever."""
-
-    async def test() -> None:
-        async with bench() as b:
-            b.runner.before = dies(2)
-            with pytest.raises(InferenceFailed):
-                await b.ask(0.1)
-            assert b.engine.ready
-            assert (await b.ask(0.1)).rows
-            assert b.metric("hbll_worker_deaths_total") == 2
-
-    run(test)
-
-
-def test_an_error_after_a_batch_loses_none_of_its_requests(caplog: pytest.LogCaptureFixture) -> None:
-    """Rows that ran were in no queue, and were once forgotten: their clients waited for ever."""
-
-    async def test() -> None:
-        async with bench() as b:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("service.profile.LatencyProfile.observe", lambda *_, **__: 1 / 0)
-                with pytest.raises(InferenceFailed):
-                    await b.ask(0.1)
-            assert (await b.ask(0.1)).rows
-            assert b.engine.ready
-
-    run(test)
-    assert "ZeroDivisionError" in caplog.text
-
-
-def test_an_error_while_stopping_does_not_keep_the_engine_from_its_end() -> None:
-    async def test() -> None:
-        async with bench() as b:
-            b.runner.go.clear()
-            b.runner.began.clear()
-            running = b.ask(0.1)
-            await asyncio.to_thread(b.runner.began.wait, 30)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("service.profile.LatencyProfile.observe", lambda *_, **__: 1 / 0)
-                stopping = asyncio.create_task(b.engine.stop())
-                await asyncio.sleep(0)
-                b.runner.go.set()
-                await stopping
-            with pytest.raises(InferenceFailed):
-                await running
-
-    run(test)
-
-
-# Who has the device
-
-
-def test_a_short_run_for_the_only_request_is_done_by_the_event_loop_itself() -> None:
-    async def test() -> None:
-        async with bench() as b:
-            b.model.profile = LatencyProfile(fake_parts(block_s=0.0002))
-            b.engine.add(b.model)
-            threads: list[str] = []
-            b.runner.before = lambda _: threads.append(threading.current_thread().name)
-            await b.ask(0.1, path=(4, 6))
-            assert threads == ["MainThread"]
-            long = b.ask(0.1, path=(1, 2, 3, 4, 5, 6, 7))
-            await asyncio.gather(long, b.ask(0.1, path=(4,)), b.ask(0.1, path=(4,)))
-            assert threads[1:] == ["inference", "inference"]
-
-    run(test)
-
-
-@pytest.mark.parametrize("path", [(4,), (1, 2, 3, 4, 5, 6, 7)], ids=["short", "long"])
-def test_what_was_decided_where_it_arrived_is_carried_out_though_the_engine_stops(path: Path) -> None:
-    async def test() -> None:
-        async with bench() as b:
-            b.model.profile = LatencyProfile(fake_parts(block_s=0.0002))
-            b.engine.add(b.model)
-            asked = b.ask(0.1, path=path)
-            while not b.engine._turn and not asked.done():
-                await asyncio.sleep(0)
-            await b.engine.stop()
-            assert (await asked).rows[0].path == path
-
-    run(test)
-
-
-def test_of_two_requests_after_each_other_neither_is_forgotten_if_the_first_leaves() -> None:
-    async def test() -> None:
-        async with bench() as b:
-            b.model.profile = LatencyProfile(fake_parts(block_s=0.0002))
-            b.engine.add(b.model)
-            first = b.ask(0.1, path=(1, 2, 3, 4, 5, 6, 7))
-            while not b.engine._turn:
-                await asyncio.sleep(0)
-            first.cancel()
-            assert (await b.ask(0.2, path=(4,))).rows[0].path == (4,)
-            assert (await b.ask(0.2, path=(4, 6))).rows[0].path == (4, 6)
-            assert first.cancelled()
-
-    run(test)
-
-
-def test_between_two_runs_of_its_own_the_event_loop_does_what_else_there_is() -> None:
-    """A request of many rows would keep it from all others."""
-
-    async def test() -> None:
-        async with bench(max_batch=1) as b:
-            b.model.profile = LatencyProfile(fake_parts(batches=(1,), block_s=0.0001))
-            b.engine.add(b.model)
-            turns, seen = 0, []
-            b.runner.before = lambda _: seen.append((threading.current_thread().name, turns))
-            asking = b.ask(0.1, 0.2, 0.3, 0.4, path=(4, 6))
-            while not asking.done():
-                turns += 1
-                await asyncio.sleep(0)
-            assert [name for name, _ in seen] == ["MainThread"] * 4
-            assert len({turn for _, turn in seen}) == 4
-
-    run(test)
-
-
-# Replacement
-
-
 def test_a_replaced_model_answers_who_waits_and_is_then_forgotten() -> None:
     async def test() -> None:
         async with bench() as b:
@@ -660,9 +440,6 @@ def test_a_replaced_model_is_forgotten_even_if_the_server_never_idles() -> None:
     run(test)
 
 
-# Traces
-
-
 def test_a_traced_request_has_a_queue_and_its_segments_as_parts() -> None:
     async def test() -> None:
         async with bench(trace=True) as b:
@@ -677,24 +454,6 @@ def test_a_traced_request_has_a_queue_and_its_segments_as_parts() -> None:
             assert sum(span.end_s - span.start_s for span in answer.spans[1:]) == pytest.approx(answer.compute_s)
         async with bench() as b:
             assert (await b.ask(0.1)).spans == ()
-
-    run(test)
-
-
-def test_an_input_on_which_the_model_overflows_fails_alone() -> None:
-    """An answer that is no number once broke the order of the queues, and with it everybody's requests."""
-
-    async def test() -> None:
-        async with bench() as b:
-            tasks: list[asyncio.Task[Answer]] = []
-
-            async def start() -> None:
-                tasks.extend([b.ask(float("nan")), b.ask(0.1)])
-
-            await b.held(start)
-            with pytest.raises(InferenceFailed, match="overflowed"):
-                await tasks[0]
-            assert (await tasks[1]).rows
 
     run(test)
 
@@ -743,48 +502,6 @@ def test_the_smallest_feasible_budget_is_feasible() -> None:
     run(test)
 
 
-def test_a_run_that_hangs_makes_the_server_unready_until_it_ends(caplog: pytest.LogCaptureFixture) -> None:
-    async def test() -> None:
-        async with bench(hung_s=0.01) as b:
-            b.runner.go.clear()
-            stuck = b.ask(0.1, path=(4,))
-            while b.engine.ready:
-                await asyncio.sleep(0.001)
-            with pytest.raises(NotReady, match="stuck: ask again in a second"):
-                await b.ask(0.1)
-            while not b.metric("hbll_worker_hangs_total"):
-                await asyncio.sleep(0.001)
-            assert (
-                "inference of 1 rows of version 1 of fake has not ended after 0.1 s, and 0.001 s were expected"
-                in caplog.text
-            )
-            b.runner.go.set()
-            assert (await stuck).rows[0].path == (4,)
-            assert b.engine.ready
-            assert (await b.ask(0.1, path=(4,))).rows
-            assert b.metric("hbll_worker_hangs_total") == 1
-
-    run(test)
-
-
-def test_a_run_that_hangs_does_not_keep_the_server_from_ending(caplog: pytest.LogCaptureFixture) -> None:
-    """It once waited for that run, until somebody killed it."""
-
-    async def test() -> None:
-        async with bench(hung_s=0.01) as b:
-            b.runner.go.clear()
-            stuck, waiting = b.ask(0.1, path=(4,)), b.ask(0.1)
-            while b.engine.ready:
-                await asyncio.sleep(0.001)
-            await b.engine.stop()
-            for request in (stuck, waiting):
-                with pytest.raises(NotReady, match="shutting down"):
-                    await request
-            assert "a run hangs: the server ends without it" in caplog.text
-
-    run(test)
-
-
 def test_versions_of_a_model_are_counted_apart() -> None:
     async def test() -> None:
         async with bench() as b:
@@ -797,23 +514,5 @@ def test_versions_of_a_model_are_counted_apart() -> None:
             assert [b.metric("hbll_requests_total", version=version) for version in ("1", "2")] == [1, 2]
             assert [b.metric("hbll_block_rows_total", version=version) for version in ("1", "2")] == [1, 4]
             assert [b.metric("hbll_answers_total", version="2", depth=depth) for depth in ("1", "2")] == [0, 2]
-
-    run(test)
-
-
-@pytest.mark.parametrize("turns", range(6))
-def test_who_comes_just_after_a_request_that_is_too_late_does_not_wait_for_the_next_one(turns: int) -> None:
-    """Bug found: nothing was to be run for the late one alone, and so the engine went to sleep on whoever came meanwhile."""
-
-    async def test() -> None:
-        async with bench() as b:
-            late = b.ask(0.1, budget_s=-1.0)
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            other = b.ask(0.1)
-            answer = await asyncio.wait_for(other, 30)
-            assert [row.path for row in answer.rows] == [(1, 2, 3, 4, 5, 6, 7)]
-            with pytest.raises(DeadlineExpired):
-                await late
 
     run(test)
