@@ -25,11 +25,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from family.tree import Path
 from service.policy.agenda import Due
 from service.policy.deeper import DeeperWork
 from service.policy.first import FirstAnswers
 from service.policy.joining import join
-from service.policy.price import Price
+from service.policy.price import Option, Price
 from service.policy.state import Batch, Decision, Offer, Row, Step, segment_between
 from service.policy.straight import straight
 from service.policy.waiting import take_out
@@ -90,19 +91,17 @@ class LadderEdf:
             row.answered, row.confidence = row.target, confidence
             stopped_by = self._stops(row)
             if stopped_by is None:
+                following: Path | None
                 if row.wish.exit_at is not None:  # it has a wish, whatever that costs
-                    following = self._offer.after(row.answered)
+                    stopped_by, following = "budget", self._offer.after(row.answered)
                 else:
                     if row.answered not in options:
                         options[row.answered] = self._price.options(row.answered, quantum_s)
-                    left_s = row.deadline_s - now_s - reserve_s
-                    _, following = self._price.best(options[row.answered], 1 - confidence, left_s)
+                    stopped_by, following = self._next(row, options[row.answered], now_s + reserve_s)
                 if following is not None:
                     row.target = following
                     self._wait(row, now_s, quantum_s, reserve_s)
                     continue
-                worth_it = self._price.best(options[row.answered], 1 - confidence)[1] is not None
-                stopped_by = "budget" if worth_it else "load"
             self._done.append((row, stopped_by))
 
     def wake_s(self) -> float:
@@ -197,6 +196,13 @@ class LadderEdf:
         if self._first.waiting.rows < self._first.cheap_rows():
             return _SPARE_SHARE * first_spare_s
         return max(0.0, first_spare_s - self._tightest_s)
+
+    def _next(self, row: Row, options: list[Option], ready_s: float) -> tuple[StoppedBy, Path | None]:
+        """Where a row without a wish goes from the answer that it just got; if nowhere, why."""
+        wrong = 1 - row.confidence
+        if self._price.best(options, wrong)[1] is None:  # first, as in an overload that is mostly all
+            return "load", None
+        return "budget", self._price.best(options, wrong, row.deadline_s - ready_s)[1]
 
     def _stops(self, row: Row) -> StoppedBy | None:
         """Why the answer that a row just got is final, whatever the time and the load; none if it may go deeper."""
