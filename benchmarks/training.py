@@ -38,7 +38,7 @@ WAYS = {BP: INK, NODE: QUIET, LEVEL: ACCENT}
 MODELS: dict[str, tuple[ModelConfig, int]] = {
     "narrow residual MLP": (ResMlpConfig(width=16, hidden=32), 32),
     "residual MLP": (ResMlpConfig(width=64, hidden=128), 64),
-    "ViT": (VitConfig(), 32),
+    "ViT": (VitConfig(exit_heads=False), 32),
 }
 """Name -> model and batch: from steps that are all calls to steps that are all arithmetic."""
 

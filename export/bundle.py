@@ -183,8 +183,12 @@ def _write_graphs(
 def _entries(family: Family, paths: tuple[Path, ...], data: Dataset, reference: Path) -> tuple[PathEntry, ...]:
     flops, parameters = costs(family, data.validation.x[:1])
     labels = data.validation.labels.numpy()
-    temperatures = {path: fit_temperature(logits, labels) for path, logits in _logits(family, data.validation, paths)}
-    validation, test = (_answers(family, split, temperatures) for split in (data.validation, data.test))
+    temperatures: dict[Path, float] = {}
+    validation: dict[Path, Answers] = {}
+    for path, logits in _logits(family, data.validation, paths):
+        temperatures[path] = fit_temperature(logits, labels)
+        validation[path] = answers(logits, labels, temperatures[path])
+    test = _answers(family, data.test, temperatures)
     return tuple(
         PathEntry(
             path=format_path(path),

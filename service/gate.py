@@ -100,7 +100,7 @@ class Gate:
         return len(self._waiting)
 
     def came_s(self, now_s: float) -> float:
-        """When a request that the loop reads now came, at the earliest. In a crowd the loop has been busy since its turn
+        """When a request that the loop reads now is taken to have come. In a crowd the loop has been busy since its turn
         began, and nobody sees what comes to a socket meanwhile: that takes of the budget, too."""
         return now_s if self._turn_s is None else self._turn_s
 

@@ -157,6 +157,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._began_s = 0.0  # when the first of them came
         self._begun: RequestResponseCycle | None = None  # the request that the app has, and since when
         self._begun_s = 0.0
+        self._free_s = 0.0  # since when its client has the latest answer, and may ask again
         self._late: asyncio.TimerHandle | None = self.loop.call_later(self.header_timeout_s, self._on_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -181,7 +182,7 @@ class BoundedConnection(HttpToolsProtocol):
         """The parser's: the app is called from here."""
         self._in_head = False
         self._stop_waiting()
-        self.scope["state"]["arrived_s"] = self.gate.came_s(time.monotonic())
+        self.scope["state"]["arrived_s"] = max(self.gate.came_s(time.monotonic()), self._free_s)
         refused: ServiceError | None = None
         if self._unparsed_bytes > self.max_header_bytes:  # with what came of the body
             length = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
@@ -219,6 +220,7 @@ class BoundedConnection(HttpToolsProtocol):
                 now_s = time.monotonic()
                 self.gate.pace.answered(budget_ms / 1000, now_s - self._begun_s - deeper_s, now_s)
             self._begun = None
+        self._free_s = time.monotonic()
         super().on_response_complete()
 
     def refuse_unread(self, cycle: RequestResponseCycle, error: ServiceError) -> None:

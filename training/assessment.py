@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path as FilePath
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from family.choice import best_by_depth, climb, pareto_front, reference_path
@@ -20,6 +21,9 @@ from training.evaluate import path_logits
 from training.model import Family
 
 METRICS_FILE = "metrics.json"
+
+Both = tuple[Answers, Answers]
+"""Of a path: what it answers by plain probabilities, and by scaled ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +102,8 @@ def assess(family: Family, data: Dataset, paths: Sequence[Path]) -> Assessment:
     tree = family.tree
     device = next(family.parameters()).device
     flops, parameters = costs(family, data.validation.x[:1].to(device))
-    labels = data.validation.labels.numpy()
-    logits_of_paths = path_logits(family, data.validation.x, paths)
-    temperatures = {path: fit_temperature(logits.float().numpy(), labels) for path, logits in logits_of_paths}
-    validation, test = (_on_split(family, split, temperatures) for split in (data.validation, data.test))
+    validation, temperatures = _fit(family, data.validation, paths)
+    test = _answer(family, data.test, temperatures)
     accuracies = {path: float(plain.correct.mean()) for path, (plain, _) in validation.items()}
     best, front = best_by_depth(tree, accuracies), pareto_front(tree, accuracies)  # which ends at the reference path
     found = {
@@ -167,16 +169,28 @@ def read_metrics(folder: FilePath) -> dict[Path, PathMetrics]:
 _METRICS = TypeAdapter(dict[str, PathMetrics])
 
 
-def _on_split(family: Family, split: Split, temperatures: Mapping[Path, float]) -> dict[Path, tuple[Answers, Answers]]:
-    """Of every path the answers by plain and by scaled probabilities."""
+def _fit(family: Family, split: Split, paths: Sequence[Path]) -> tuple[dict[Path, Both], dict[Path, float]]:
+    labels, found, temperatures = split.labels.numpy(), {}, {}
+    for path, logits in _logits(family, split, paths):
+        temperatures[path] = fit_temperature(logits, labels)
+        found[path] = _both(logits, labels, temperatures[path])
+    return found, temperatures
+
+
+def _answer(family: Family, split: Split, temperatures: Mapping[Path, float]) -> dict[Path, Both]:
     labels = split.labels.numpy()
-    return {
-        path: (answers(values := logits.float().numpy(), labels), answers(values, labels, temperatures[path]))
-        for path, logits in path_logits(family, split.x, temperatures)
-    }
+    return {path: _both(logits, labels, temperatures[path]) for path, logits in _logits(family, split, temperatures)}
 
 
-def _metrics(path: tuple[Answers, Answers], reference: tuple[Answers, Answers]) -> SplitMetrics:
+def _logits(family: Family, split: Split, paths: Iterable[Path]) -> Iterator[tuple[Path, NDArray[np.float32]]]:
+    return ((path, logits.float().numpy()) for path, logits in path_logits(family, split.x, paths))
+
+
+def _both(logits: NDArray[np.float32], labels: NDArray[np.int64], temperature: float) -> Both:
+    return answers(logits, labels), answers(logits, labels, temperature)
+
+
+def _metrics(path: Both, reference: Both) -> SplitMetrics:
     plain, scaled = (measure(*pair) for pair in zip(path, reference, strict=True))
     return SplitMetrics(
         accuracy=plain.accuracy,

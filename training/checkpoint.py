@@ -84,14 +84,17 @@ def save_config(run: Path, config: RunConfig) -> None:
 
 
 def load_run_config(run: Path) -> RunConfig:
-    """Read the configuration that a run was started with.
+    """Read the configuration that a run was started with. One from before exits could have heads has one head for all.
 
     Raises:
         CheckpointError: the folder holds no run, or its configuration is not valid.
     """
     file = run / CONFIG_FILE
     try:
-        return parse_config(json.loads(file.read_text(encoding="utf-8")), str(file))
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(raw, dict) and isinstance(model := raw.get("model"), dict) and model.get("kind") == "vit":
+            model.setdefault("exit_heads", False)
+        return parse_config(raw, str(file))
     except OSError as exc:
         raise CheckpointError(f"{run} holds no training run: cannot read {file} ({exc.strerror})") from exc
     except (ValueError, RecursionError) as exc:  # not text, not JSON, not a configuration

@@ -35,7 +35,7 @@ class VitConfig(_FamilyConfig):
     heads: int = Field(2, ge=1, description="attention heads; must divide the width")
     hidden: int = Field(96, ge=1, description="hidden features of a block's MLP")
     exit_heads: bool = Field(
-        False, description="a head for each of the nodes that paths end at, rather than one for all as published"
+        True, description="a head for each of the nodes that paths end at, rather than one for all as published"
     )
 
     @model_validator(mode="after")
@@ -213,6 +213,19 @@ def dump_config(config: RunConfig) -> str:
         values = getattr(config, section).model_dump(mode="json", exclude_none=True)
         lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
+
+
+def describe_changes(before: RunConfig, after: RunConfig) -> str:
+    """What differs, by dotted keys: `train.lr 0.008 (now 0.004)`."""
+    old, new = _by_key(before), _by_key(after)
+    changed = [key for key in old | new if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} {json.dumps(old.get(key))} (now {json.dumps(new.get(key))})" for key in changed)
+
+
+def _by_key(config: RunConfig) -> dict[str, object]:
+    sections = config.model_dump(mode="json")
+    flat = {"name": sections.pop("name")}
+    return flat | {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def parse_config(raw: object, source: str) -> RunConfig:

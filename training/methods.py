@@ -85,7 +85,7 @@ def _mixed(context: Context, x: Tensor, y: Tensor, share: float) -> Step:
     family, rng, team = context.family, context.rng, context.team
     if rng.random() < hbll_probability(family.tree, share):
         step = _hbll(context, x, y)
-        if not family.shares_head:
+        if share < 1 and not family.shares_head:
             family.head.zero_grad(set_to_none=False)
         return step
     chains = sample_chains(family.tree, rng, context.settings.chains, len(x) * team.data_ranks)

@@ -205,8 +205,11 @@ def build_family(config: ModelConfig, seed: int, spec: DataSpec = DIGITS, factor
             patches = PatchEmbed(spec, config.patch, config.width, init, generator)
             blocks = TransformerBlocks(count, patches.tokens, config.width, config.heads, config.hidden, init)
             head = LinearHead(config.width, classes, init, norm=True, pool=True)
-            heads = [copy.deepcopy(head) for _ in range(config.hierarchy_depth)]  # which begin as one
-            return Family(patches, blocks, heads if config.exit_heads else head)
+            if not config.exit_heads:
+                return Family(patches, blocks, head)
+            return Family(
+                patches, blocks, [copy.deepcopy(head) for _ in range(config.hierarchy_depth)]
+            )  # which begin as one
         case ResMlpConfig():
             blocks, norm = ResidualBlocks(count, config.width, config.hidden, init), True
         case MlpConfig():

@@ -36,7 +36,7 @@ from training.checkpoint import (
     trainable,
     write_atomically,
 )
-from training.config import ConfigError, GptConfig, RunConfig, TrainConfig
+from training.config import ConfigError, GptConfig, RunConfig, TrainConfig, describe_changes
 from training.dataset import Augmentation, Dataset, DataSpec, Split
 from training.diagnosis import diagnose
 from training.distributed import ALONE, Team, gradient_buffer
@@ -273,7 +273,9 @@ def _claim(run: Path, config: RunConfig, spec: DataSpec, resume: bool, team: Tea
             raise ConfigError(f"{run} already holds a run: add --resume to go on with it, or choose another --out")
         before = load_run_config(run)
         if before != config:
-            raise ConfigError(f"{run} was started with another configuration; resume it without changing any setting")
+            raise ConfigError(
+                f"{run} was started with another configuration, {describe_changes(before, config)}: resume it with the same"
+            )
         if load_spec(run) != spec:
             raise ConfigError(f"{run} was started with other data; restore them, or choose another --out")
     if team.leads:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.training import BP, LEVEL, NODE, Bench, main, span_of
+from benchmarks.training import BP, LEVEL, MODELS, NODE, WAYS, Bench, main, span_of
 from training.config import ResMlpConfig
 
 
@@ -32,6 +32,13 @@ def test_peak_memory_counts_what_is_held_for_backward() -> None:
     assert peaks[5, BP] > 1.7 * peaks[4, BP] > 1.7 * 15 * 3 * state  # a block keeps its input, and two of hidden size
     growth = peaks[5, NODE] - peaks[4, NODE]
     assert 16 * state * 0.9 < growth < 16 * state * 1.5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_takes_a_step_in_every_way(name: str) -> None:
+    config, batch = MODELS[name]
+    bench = Bench(config, batch, 2, torch.device("cpu"))
+    assert all(bench.peak_bytes(way) > 0 for way in WAYS)
 
 
 def test_the_command_writes_its_report(tmp_path: Path) -> None:

@@ -95,6 +95,28 @@ class Wire(asyncio.Transport):
         return self.closed
 
 
+def test_a_request_came_when_the_gate_says_but_not_before_its_client_had_the_answer_before() -> None:
+    app = FastAPI()
+    app.state.metrics, app.state.gate = Metrics(), Gate()
+    made = server_config(app, Settings()).http_protocol_class
+    began_s = time.monotonic()
+    app.state.gate.came_s = lambda now_s: now_s - 1.0
+
+    async def test() -> None:
+        connection = cast(type, made)(config=server_config(app, Settings()), server_state=ServerState(), app_state={})
+        connection.connection_made(Wire())
+        arrived_s = []
+        for _ in range(2):
+            connection.data_received(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+            arrived_s.append(connection.cycle.scope["state"]["arrived_s"])
+            while not connection.cycle.response_complete:
+                await asyncio.sleep(0.001)
+        assert arrived_s[0] < began_s < arrived_s[1]
+        connection.connection_lost(None)
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_who_is_refused_unread_or_left_leaves_nothing_for_the_garbage_collector(left: bool) -> None:
     """Bug found: with the connection, the body was kept until it came."""

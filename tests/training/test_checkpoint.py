@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import Trained
+from tests.conftest import SMALL_VIT, Trained
 from training.checkpoint import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
@@ -18,8 +19,11 @@ from training.checkpoint import (
     load_checkpoint,
     load_family,
     load_origin,
+    load_run_config,
+    save_config,
     write_atomically,
 )
+from training.config import RunConfig
 
 
 @pytest.fixture
@@ -52,6 +56,16 @@ def test_a_checkpoint_of_another_architecture_is_refused(run: Path) -> None:
     file.write_text(file.read_text().replace('"width": 16', '"width": 32'))
     with pytest.raises(CheckpointError, match="does not fit the configuration"):
         load_family(run)
+
+
+def test_a_run_from_before_exits_had_heads_has_one_head(tmp_path: Path) -> None:
+    save_config(tmp_path, RunConfig(model=SMALL_VIT.model_copy(update={"exit_heads": False})))
+    now = load_run_config(tmp_path)
+    file = tmp_path / CONFIG_FILE
+    said = json.loads(file.read_text())
+    assert said["model"].pop("exit_heads") is False
+    file.write_text(json.dumps(said))
+    assert load_run_config(tmp_path) == now
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "half"])

@@ -97,13 +97,20 @@ def test_local_steps_mixed_with_chains_train_the_head_only_where_all_paths_share
     x, y = torch.rand(6, 28, 28, generator=torch.Generator().manual_seed(1)), torch.arange(6)
     model = SMALL_VIT.model_copy(update={"exit_heads": exit_heads})
     mixed, local = (build_family(model, seed=2) for _ in range(2))
-    settings = _settings("hbll+chains", hbll_share=1)  # which leaves no chains
+    settings = _settings("hbll+chains", hbll_share=1 - 1e-9)
     METHODS["hbll+chains"].step(_context(settings, mixed), x, y)
     METHODS["hbll"].step(_context(settings, local), x, y)
     for name, gradient in _gradients(local).items():
         is_left_alone = exit_heads and name.startswith("head.")
         assert gradient.any()
         assert torch.equal(_gradients(mixed)[name], torch.zeros_like(gradient) if is_left_alone else gradient), name
+
+
+def test_local_steps_alone_train_every_head() -> None:
+    x, y = torch.rand(6, 28, 28, generator=torch.Generator().manual_seed(1)), torch.arange(6)
+    family = build_family(SMALL_VIT, seed=2)
+    METHODS["hbll+chains"].step(_context(_settings("hbll+chains", hbll_share=1), family), x, y)
+    assert all(p.grad is not None and p.grad.any() for p in family.head.parameters())
 
 
 def test_heads_of_exits_begin_as_one_and_are_trained_apart() -> None:

@@ -110,7 +110,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, digits: Dataset)
     with pytest.raises(ConfigError, match="add --resume"):
         train(config, tmp_path, digits, lambda _: None)
     other = config.model_copy(update={"model": MlpConfig(width=9)})
-    with pytest.raises(ConfigError, match="another configuration"):
+    with pytest.raises(ConfigError, match=r"another configuration, model.width 8 \(now 9\): resume it with the same"):
         train(other, tmp_path, digits, lambda _: None, resume=True)
     assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
 

@@ -22,11 +22,11 @@ _GUESSES = (
 
 
 def _model(scale: Scale) -> VitConfig:
-    if scale == "smoke":
-        return VitConfig(hierarchy_depth=3, patch=14, width=8, heads=2, hidden=16)
-    if scale == "paper":
-        return VitConfig(hierarchy_depth=3, patch=4, width=384, heads=6, hidden=1536)
-    return VitConfig(hierarchy_depth=3)
+    sizes: dict[Scale, dict[str, int]] = {
+        "smoke": {"patch": 14, "width": 8, "heads": 2, "hidden": 16},
+        "paper": {"patch": 4, "width": 384, "heads": 6, "hidden": 1536},
+    }
+    return VitConfig(hierarchy_depth=3, exit_heads=False, **sizes.get(scale, {}))
 
 
 def _config(scale: Scale, method: MethodName, data: DataConfig, noise: float, **settings: object) -> RunConfig:
