@@ -80,7 +80,7 @@ class LadderEdf:
     def finished(self, batch: Batch, confidences: Sequence[float], now_s: float) -> None:
         """See `Policy`."""
         segment, quantum_s, reserve_s = batch.segment, self._quantum_s(), self._offer.careful_reserve_s
-        options = {}
+        ways_on: dict[Path, tuple[list[Option], float]] = {}
         for row, confidence in zip(batch.rows, confidences, strict=True):
             if row.gone:
                 continue
@@ -95,9 +95,14 @@ class LadderEdf:
                 if row.wish.exit_at is not None:  # it has a wish, whatever that costs
                     stopped_by, following = "budget", self._offer.after(row.answered)
                 else:
-                    if row.answered not in options:
-                        options[row.answered] = self._price.options(row.answered, quantum_s)
-                    stopped_by, following = self._next(row, options[row.answered], now_s + reserve_s)
+                    if row.answered not in ways_on:
+                        options = self._price.options(row.answered, quantum_s)
+                        ways_on[row.answered] = options, self._price.least_wrong(options)
+                    options, least_wrong = ways_on[row.answered]
+                    stopped_by, following = "load", None
+                    if 1 - confidence > least_wrong:
+                        left_s = row.deadline_s - now_s - reserve_s
+                        stopped_by, following = "budget", self._price.best(options, 1 - confidence, left_s)[1]
                 if following is not None:
                     row.target = following
                     self._wait(row, now_s, quantum_s, reserve_s)
@@ -196,13 +201,6 @@ class LadderEdf:
         if self._first.waiting.rows < self._first.cheap_rows():
             return _SPARE_SHARE * first_spare_s
         return max(0.0, first_spare_s - self._tightest_s)
-
-    def _next(self, row: Row, options: list[Option], ready_s: float) -> tuple[StoppedBy, Path | None]:
-        """Where a row without a wish goes from the answer that it just got; if nowhere, why."""
-        wrong = 1 - row.confidence
-        if self._price.best(options, wrong)[1] is None:  # first, as in an overload that is mostly all
-            return "load", None
-        return "budget", self._price.best(options, wrong, row.deadline_s - ready_s)[1]
 
     def _stops(self, row: Row) -> StoppedBy | None:
         """Why the answer that a row just got is final, whatever the time and the load; none if it may go deeper."""

@@ -42,6 +42,10 @@ class Price:
     def __init__(self, offer: Offer) -> None:
         self._offer = offer
         self._rows = max(1, offer.profile.max_batch // 2)  # of the batches in which deeper work is imagined
+        self._steps = {
+            at: [(target, offer.gain(at, target, 0.0), segment_between(at, target)) for target in offer.climb[place + 1 :]]
+            for place, at in enumerate(offer.climb)
+        }  # which share of the wrong answers each puts right, and what it runs
         self._idle_since_s: float | None = None
         self.per_second = 0.0
 
@@ -64,20 +68,34 @@ class Price:
 
     def options(self, answered: Path, longest_s: float = math.inf) -> list[Option]:
         """The ways on from the answer of a path, at the present price, if no run may be longer than `longest_s`."""
-        offer = self._offer
-        climb = offer.climb[offer.climb.index(answered) :]
+        in_pieces_s, latency_s, rows = self._offer.in_pieces_s, self._offer.profile.latency_s, self._rows
+        assert answered in self._steps
         options: list[Option] = []
         then: dict[Path, tuple[float, float]] = {}
-        for place in reversed(range(len(climb))):
-            at = climb[place]
-            options = []
-            for target in climb[place + 1 :]:
-                least_s = offer.in_pieces_s(segment_between(at, target), longest_s)
-                option = Option(target, offer.gain(at, target, 0.0), self._cost_s(at, target), least_s, *then[target])
-                options.append(option)
+        for at in reversed(self._offer.climb):
+            options = [
+                Option(target, share, latency_s(segment, rows) / rows, in_pieces_s(segment, longest_s), *then[target])
+                for target, share, segment in self._steps[at]
+            ]
+            if at == answered:
+                break
             value, following = self.best(options, COIN)
             then[at] = value, next((option.least_s for option in options if option.target == following), 0.0)
         return options
+
+    def least_wrong(self, options: list[Option]) -> float:
+        """How likely an answer has to be wrong, and more, for a way on to be worth it to a row that has the time: where
+        the value of the best of them (`best`), which rises with that, leaves zero. Infinity if there is no way."""
+        if self.per_second == 0:
+            return -math.inf if options else math.inf  # free: no gain is too small
+        least = math.inf
+        for option in options:  # of which each puts right some
+            cost, stays = self.per_second * option.cost_s, 1 - option.share
+            wrong = cost / (option.share + stays / COIN * option.then)
+            if stays * wrong > COIN:  # all that are wrong after the step are unsure then
+                wrong = (cost - option.then) / option.share
+            least = min(least, wrong)
+        return least
 
     def best(self, options: list[Option], wrong: float, left_s: float = math.inf) -> tuple[float, Path | None]:
         """The value of the best way on, net of the price, for a row whose answer is wrong with this probability and that

@@ -62,6 +62,21 @@ def test_the_likelier_wrong_the_more_a_way_on_is_worth(one, other, per_second) -
     assert price.best(options, sure)[0] <= price.best(options, unsure)[0] + 1e-12
 
 
+shares = st.floats(0.001, 1.0)
+some = st.lists(
+    st.builds(lambda share, cost, then: Option((4, 6), share, cost, 0.0, then, 0.0), shares, shares, unit), max_size=4
+)
+
+
+@given(some, unit, st.sampled_from([0.0, 1e-3, 0.1, 1.0, 10.0]))
+def test_a_way_on_is_worth_it_from_some_probability_of_being_wrong_on(options, wrong, per_second) -> None:
+    price = Price(make_offer())
+    price.per_second = per_second
+    least = price.least_wrong(options)
+    if wrong != pytest.approx(least, rel=1e-9, abs=1e-12):
+        assert (price.best(options, wrong)[1] is not None) == (wrong > least)
+
+
 def test_at_a_high_price_only_the_unsure_go_deeper_and_then_none() -> None:
     price = Price(make_offer())
     rate = max(option.share / option.cost_s for option in price.options((4,)))
