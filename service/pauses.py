@@ -16,7 +16,7 @@ full collections would be frequent, too."""
 
 _EVERY_S = 0.05
 _FEW = 700  # objects that are not worth it
-_WHOLE_EVERY = 200  # collections; what was still in use when one came is found by these
+_WHOLE_EVERY = 50  # collections; what was still in use when one came is found by these
 
 
 def shorten_pauses() -> None:

@@ -161,7 +161,7 @@ def test_the_asyncio_client_gets_the_same_alone_and_by_streams(
 
 
 def test_memory_does_not_grow_with_malformed_requests(server: LiveServer) -> None:
-    """Measured after the first rounds have made the process what it is."""
+    """Measured after the first rounds have made the process what it is. Some of it goes with the collector's next whole walk."""
 
     def rounds(count: int) -> int:
         for _ in range(count):
@@ -172,8 +172,8 @@ def test_memory_does_not_grow_with_malformed_requests(server: LiveServer) -> Non
 
     with grpc.insecure_channel(address(server)) as channel:
         settled_kib = rounds(6)
-        grown_kib = rounds(10) - settled_kib
-    sent_kib = 10 * sum(len(wrong.message) for wrong in CASES.values()) // 1024
+        grown_kib = rounds(20) - settled_kib
+    sent_kib = 20 * sum(len(wrong.message) for wrong in CASES.values()) // 1024
     assert grown_kib < sent_kib / 2, "what was sent is not kept"
 
 
