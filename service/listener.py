@@ -213,14 +213,13 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """uvicorn's: the next request of the connection may begin."""
+        self._free_s = now_s = time.monotonic()
         if self._begun is not None:
             state = self._begun.scope["state"]  # see `service.access.note_answer`
             if (budget_ms := state.get("budget_ms")) is not None:
                 deeper_s = state["answer"].decided_s - state["answer"].answered_s
-                now_s = time.monotonic()
                 self.gate.pace.answered(budget_ms / 1000, now_s - self._begun_s - deeper_s, now_s)
             self._begun = None
-        self._free_s = time.monotonic()
         super().on_response_complete()
 
     def refuse_unread(self, cycle: RequestResponseCycle, error: ServiceError) -> None:

@@ -79,8 +79,8 @@ def _hbll_as_published(context: Context, x: Tensor, y: Tensor) -> Step:
 def _mixed(context: Context, x: Tensor, y: Tensor, share: float) -> Step:
     """An HBLL step, as often as gives these `share` of the work, or sampled chains.
 
-    Where exits have heads of their own the chains alone train these: a local step would fit each to the ladder's states,
-    nudged as they are, and other paths end there too.
+    Where exits have heads of their own the chains alone train these, if there are chains: a local step would fit each to
+    the ladder's states, nudged as they are, and other paths end there too.
     """
     family, rng, team = context.family, context.rng, context.team
     if rng.random() < hbll_probability(family.tree, share):

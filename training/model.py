@@ -207,9 +207,8 @@ def build_family(config: ModelConfig, seed: int, spec: DataSpec = DIGITS, factor
             head = LinearHead(config.width, classes, init, norm=True, pool=True)
             if not config.exit_heads:
                 return Family(patches, blocks, head)
-            return Family(
-                patches, blocks, [copy.deepcopy(head) for _ in range(config.hierarchy_depth)]
-            )  # which begin as one
+            heads = [copy.deepcopy(head) for _ in range(config.hierarchy_depth)]  # which begin as one
+            return Family(patches, blocks, heads)
         case ResMlpConfig():
             blocks, norm = ResidualBlocks(count, config.width, config.hidden, init), True
         case MlpConfig():

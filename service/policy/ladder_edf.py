@@ -41,6 +41,8 @@ _SHARE_OF_BUDGET = 0.5  # for one run, because of rows that may come meanwhile
 _SPARE_SHARE = 0.5  # of the time that first answers can spare, for deeper work
 _FORGETTING = 1.02  # the factor by which the tightest budget is relaxed with every arrival
 
+_WaysOn = dict[Path, tuple[list[Option], float]]  # from an answer, and from which doubt on they are worth it
+
 
 class LadderEdf:
     """See the module; the methods are those of `Policy`."""
@@ -80,7 +82,7 @@ class LadderEdf:
     def finished(self, batch: Batch, confidences: Sequence[float], now_s: float) -> None:
         """See `Policy`."""
         segment, quantum_s, reserve_s = batch.segment, self._quantum_s(), self._offer.careful_reserve_s
-        ways_on: dict[Path, tuple[list[Option], float]] = {}
+        ways_on: _WaysOn = {}
         for row, confidence in zip(batch.rows, confidences, strict=True):
             if row.gone:
                 continue
@@ -91,18 +93,7 @@ class LadderEdf:
             row.answered, row.confidence = row.target, confidence
             stopped_by = self._stops(row)
             if stopped_by is None:
-                following: Path | None
-                if row.wish.exit_at is not None:  # it has a wish, whatever that costs
-                    stopped_by, following = "budget", self._offer.after(row.answered)
-                else:
-                    if row.answered not in ways_on:
-                        options = self._price.options(row.answered, quantum_s)
-                        ways_on[row.answered] = options, self._price.least_wrong(options)
-                    options, least_wrong = ways_on[row.answered]
-                    stopped_by, following = "load", None
-                    if 1 - confidence > least_wrong:
-                        left_s = row.deadline_s - now_s - reserve_s
-                        stopped_by, following = "budget", self._price.best(options, 1 - confidence, left_s)[1]
+                stopped_by, following = self._next(row, ways_on, quantum_s, now_s + reserve_s)
                 if following is not None:
                     row.target = following
                     self._wait(row, now_s, quantum_s, reserve_s)
@@ -201,6 +192,19 @@ class LadderEdf:
         if self._first.waiting.rows < self._first.cheap_rows():
             return _SPARE_SHARE * first_spare_s
         return max(0.0, first_spare_s - self._tightest_s)
+
+    def _next(self, row: Row, ways_on: _WaysOn, quantum_s: float, ready_s: float) -> tuple[StoppedBy, Path | None]:
+        """Where a row goes from the answer that it just got; if nowhere, why. `ways_on`: those found for other rows."""
+        at, wrong = row.target, 1 - row.confidence
+        if row.wish.exit_at is not None:  # it has a wish, whatever that costs
+            return "budget", self._offer.after(at)
+        if at not in ways_on:
+            options = self._price.options(at, quantum_s)
+            ways_on[at] = options, self._price.least_wrong(options)
+        options, least_wrong = ways_on[at]
+        if wrong <= least_wrong:  # mostly, in an overload
+            return "load", None
+        return "budget", self._price.best(options, wrong, row.deadline_s - ready_s)[1]
 
     def _stops(self, row: Row) -> StoppedBy | None:
         """Why the answer that a row just got is final, whatever the time and the load; none if it may go deeper."""
