@@ -152,6 +152,7 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol. Who connects and sends nothing has as long as for headers."""
         super().connection_made(transport)
+        self._one_more = True  # than may be, unless there are fewer when it asks; who is served once stays
         self._in_head = True
         self._unparsed_bytes = 0  # since the last request
         self._began_s = 0.0  # when the first of them came
@@ -187,7 +188,8 @@ class BoundedConnection(HttpToolsProtocol):
         if self._unparsed_bytes > self.max_header_bytes:  # with what came of the body
             length = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
             refused = HeadersTooLarge(self._too_large) if length > self.max_header_bytes else None
-        if len(self.connections) > self.max_connections:
+        self._one_more = self._one_more and len(self.connections) > self.max_connections
+        if self._one_more:
             refused = TooManyConnections(f"expected at most {self.max_connections} connections: ask again in a second")
         if refused is not None:
             self.scope["state"]["refused"] = refused

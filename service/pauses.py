@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 _THRESHOLDS = 50_000, 20, 1000
 """Python's own are 700, 10, 10: in an overload they took a tenth of the time, to walk whatever is in flight again and
-again, and find nothing. Requests leave no cycles, some errors do: those are found when nothing is in flight
+again, and find nothing. Requests leave no cycles, answered or refused; what else does is found when nothing is in flight
 (`collect_when_idle`), and if that never comes, after so many objects. Next to nothing is old after `gc.freeze`, so that
 full collections would be frequent, too."""
 

@@ -40,6 +40,7 @@ async def on_service_error(request: Request, exc: Exception) -> JSONResponse:
 async def on_http_exception(request: Request, exc: Exception) -> JSONResponse:
     """The framework's: no such route, no such method, a body that is no text."""
     assert isinstance(exc, HTTPException)
+    _let_go(exc)
     code = _HTTP_CODES.get(exc.status_code, "http_error")
     message = {
         404: f"there is nothing at {request.url.path[:200]}: see /docs for what there is",
@@ -51,12 +52,23 @@ async def on_http_exception(request: Request, exc: Exception) -> JSONResponse:
 async def on_validation_error(request: Request, exc: Exception) -> JSONResponse:
     """A body that is no JSON, or JSON that is not the request's schema."""
     assert isinstance(exc, RequestValidationError)
+    _let_go(exc)
+    for problem in exc.errors():
+        if isinstance(error := problem.get("ctx", {}).get("error"), Exception):
+            _let_go(error)
     first = exc.errors()[0]
     if first["type"] == "json_invalid":
         return error_response(
             MalformedInput(f"the body is no JSON: {first['ctx']['error']} at byte {first['loc'][-1]}"), request.scope
         )
     return error_response(InvalidInput(describe(first)), request.scope)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Of the calls that an error came through. The framework's keep it in turn, and so the body, until garbage is collected."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
 
 
 def describe(problem: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Dataset) -> Traine
     config, family, progress = load_family(root / "run")
     export_bundle(config, family, progress, load_origin(root / "run"), digits, root / "models" / "digits" / "1")
     return Trained(root / "run", root / "models")
+
+
+def wait_for(happened: Callable[[], bool], patience_s: float = 40) -> None:
+    """Wait for what another process or thread does, which has no other way to tell us."""
+    deadline_s = time.monotonic() + patience_s
+    while not happened():
+        assert time.monotonic() < deadline_s, f"it has not happened within {patience_s} s"
+        time.sleep(0.01)
 
 
 @dataclass

@@ -52,10 +52,16 @@ def _parse(header: bytes) -> InferenceRequest:
     try:
         return InferenceRequest.model_validate_json(header)
     except ValidationError as exc:
-        first = exc.errors(include_url=False)[0]
-        if first["type"] == "json_invalid":
-            raise MalformedInput(f"the body is no JSON: {first['ctx']['error']}") from exc
-        raise BadRequest(describe(first)) from exc
+        raise _refusal(exc) from exc
+
+
+def _refusal(exc: ValidationError) -> BadRequest | MalformedInput:
+    """What is told of an error of pydantic's. Apart from who raises it: the call and the error would keep each other until
+    garbage is collected."""
+    first = exc.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return MalformedInput(f"the body is no JSON: {first['ctx']['error']}")
+    return BadRequest(describe(first))
 
 
 def read_parameters(given: dict[str, Any]) -> InferenceParameters:

@@ -12,7 +12,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from tests.contract.conftest import Client
+from tests.contract.conftest import Client, left_to_the_collector
 
 GOOD = [[0.5] * 28] * 28
 
@@ -174,6 +174,16 @@ def test_what_cannot_be_parsed_is_400(client: Client, name: str) -> None:
 def test_what_is_well_formed_and_not_valid_is_422(client: Client, name: str) -> None:
     body, message = INVALID[name]
     check(client, client.predict(body), 422, message)
+
+
+def test_what_was_refused_is_let_go(client: Client) -> None:
+    with left_to_the_collector() as left:
+        for body, _ in UNPARSABLE.values():
+            headers = {"content-type": "application/json"}
+            client.request("POST", "/v1/models/digits/predict", content=body, headers=headers)
+        for content, _ in INVALID.values():
+            client.predict(content)
+    assert not left
 
 
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tritonclient.grpc import service_pb2_grpc
 from service.app import create_app
 from service.keyring import add_key
 from service.settings import Settings
-from tests.conftest import Trained
+from tests.conftest import Trained, wait_for
 from tests.contract.conftest import Client
 
 SECRET = "what-nobody-may-read"
@@ -60,9 +59,7 @@ def request(model: str = "digits", **numbers: float) -> pb.ModelInferRequest:
 
 def told(lines: list[logging.LogRecord], count: int, *fields: str) -> list[tuple[object, ...]]:
     """Of so many lines, the last of which may be written only after its client has had its answer."""
-    until = time.monotonic() + 20
-    while len(lines) < count and time.monotonic() < until:
-        time.sleep(0.01)  # another thread's doing, which has no other way to tell us
+    wait_for(lambda: len(lines) >= count)
     return [tuple(getattr(line, field) for field in fields) for line in lines]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from tests.contract.conftest import Client
+from tests.contract.conftest import Client, left_to_the_collector
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
@@ -303,6 +303,13 @@ def channel(client: Client) -> grpc.Channel:
 def test_malformed_requests_are_refused_and_the_server_serves_on(channel: grpc.Channel, name: str) -> None:
     refused(channel, CASES[name])
     assert pb.ModelInferResponse.FromString(channel.unary_unary(INFER)(GOOD)).model_name == "digits"
+
+
+def test_what_was_refused_is_let_go(channel: grpc.Channel) -> None:
+    with left_to_the_collector() as left:
+        for wrong in CASES.values():
+            refused(channel, wrong)
+    assert not left
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.contract.conftest import Client
+from tests.contract.conftest import Client, left_to_the_collector
 
 URL = "/v2/models/digits/infer"
 PIXELS = [0.5] * 784
@@ -354,3 +354,10 @@ def test_malformed_requests_are_refused_and_the_server_serves_on(client: Client,
     assert case.message in content["error"]
     assert len(content["error"]) < 600
     assert client.request("POST", URL, content=GOOD).status_code == 200
+
+
+def test_what_was_refused_is_let_go(client: Client) -> None:
+    with left_to_the_collector() as left:
+        for case in CASES.values():
+            client.request("POST", case.url, content=case.content, headers=case.headers)
+    assert not left

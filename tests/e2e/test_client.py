@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from hbll.client import Answer, AsyncClient, Client, DeadlineExceeded, InvalidRequest, NotServed, Rung, Unavailable
-from tests.conftest import LiveServer
+from tests.conftest import LiveServer, wait_for
 from tests.e2e.test_streaming import HeldServer
 from training.dataset import Dataset
 
@@ -170,7 +170,7 @@ def test_leaving_a_stream_stops_the_blocks(held: HeldServer, way: str) -> None:
                 assert isinstance(event, Rung)
                 assert second.wait(20)
                 break
-        held.wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 1)
+        wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 1)
         left.set()
         client.predict(FAKE, path="4")
     assert [nodes for nodes, _, _ in held.runner.runs] == [(4,), (6,), (4,)]
@@ -185,9 +185,9 @@ def test_a_full_queue_is_waited_for_as_long_as_the_server_says(held: HeldServer)
         busy = [pool.submit(client.predict, np.stack([FAKE] * 32))]
         assert held.runner.began.wait(20)
         busy += [pool.submit(client.predict, np.stack([FAKE] * 256)) for _ in range(4)]
-        held.wait_for(lambda: held.metric("hbll_queue_rows") == 1024)
+        wait_for(lambda: held.metric("hbll_queue_rows") == 1024)
         late = pool.submit(client.predict, FAKE, latency_budget_ms=60_000)
-        held.wait_for(lambda: held.metric('hbll_refusals_total{code="queue_full"}') >= 1)
+        wait_for(lambda: held.metric('hbll_refusals_total{code="queue_full"}') >= 1)
         held.runner.go.set()
         assert late.result().requests >= 2
         assert late.result().elapsed_ms >= 1000  # Retry-After

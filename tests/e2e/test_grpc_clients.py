@@ -161,7 +161,7 @@ def test_the_asyncio_client_gets_the_same_alone_and_by_streams(
 
 
 def test_memory_does_not_grow_with_malformed_requests(server: LiveServer) -> None:
-    """Measured after the first rounds have made the process what it is. Some of it goes with the collector's next whole walk."""
+    """Measured after the first rounds have made the process what it is."""
 
     def rounds(count: int) -> int:
         for _ in range(count):

@@ -11,6 +11,7 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
+from tests.conftest import wait_for
 from tests.e2e.test_streaming import HeldServer
 
 
@@ -50,18 +51,18 @@ def test_calls_that_leave_the_queue_cost_no_block(
         waiting = [stub.ModelStreamInfer(iter([request()])) for _ in range(20)]
     else:  # a deadline far enough to be queued by, and as a budget one that lets the others wait
         waiting = [stub.ModelInfer.future(request(), timeout=2 if how == "deadline" else None) for _ in range(20)]
-    held.wait_for(lambda: held.metric("hbll_queue_rows") == 20)
+    wait_for(lambda: held.metric("hbll_queue_rows") == 20)
     if how != "deadline":
         for call in waiting:
             call.cancel()
-    held.wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 20)
+    wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 20)
     assert held.metric('hbll_failed_seconds_count{model="fake",version="1"}') == 20
     assert {call.code() for call in waiting} == {
         grpc.StatusCode.DEADLINE_EXCEEDED if how == "deadline" else grpc.StatusCode.CANCELLED
     }
     held.runner.go.set()
     assert first.result(timeout=20).model_name == "fake"
-    held.wait_for(lambda: held.metric("hbll_queue_rows") == 0)
+    wait_for(lambda: held.metric("hbll_queue_rows") == 0)
     assert all(count == 1 for _, count, _ in held.runner.runs)
     assert held.metric('hbll_block_rows_total{model="fake",version="1"}') == 1 + 1 + 1 + 7  # the first call's climb, alone
 
@@ -80,7 +81,7 @@ def test_rungs_that_nobody_waits_for_do_not_run(held: HeldServer, stub: service_
     assert next(call).infer_response.parameters["depth"].int64_param == 1
     assert second.wait(20)
     call.cancel()
-    held.wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 1)
+    wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 1)
     left.set()
     last = request()
     last.parameters["min_confidence"].double_param = 0.0
@@ -100,11 +101,11 @@ def test_more_calls_at_a_time_than_can_wait_are_refused(
         yield from ()
 
     calls = [stub.ModelStreamInfer(silent()) for _ in range(places + 20)]
-    held.wait_for(lambda: sum(call.done() for call in calls) == 20)
+    wait_for(lambda: sum(call.done() for call in calls) == 20)
     refused = [call for call in calls if call.done()]
     assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
     release.set()
-    held.wait_for(lambda: all(call.done() for call in calls))
+    wait_for(lambda: all(call.done() for call in calls))
     assert stub.ServerLive(pb.ServerLiveRequest()).live
 
 

@@ -8,25 +8,17 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import LiveServer, Trained, start_server
+from tests.conftest import LiveServer, Trained, start_server, wait_for
 
 HEADERS = {"content-type": "application/octet-stream"}
 ROW = np.full((28, 28), 0.5, "<f4").tobytes()
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 40
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)  # another process' doing
 
 
 def metric(server: LiveServer, line: str) -> float:

@@ -16,7 +16,7 @@ import uvicorn
 from service.app import create_app
 from service.repository import Repository
 from service.settings import Settings
-from tests.conftest import LiveServer
+from tests.conftest import LiveServer, wait_for
 from tests.fakes import FakeRunner, fake_model
 from training.dataset import Dataset
 
@@ -104,11 +104,11 @@ class HeldServer:
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
-        self.wait_for(lambda: self._server.started)
+        wait_for(lambda: self._server.started)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.rpc = f"127.0.0.1:{app.state.rpc.port}"
-        self.wait_for(lambda: httpx.get(f"{self.url}/health/ready").status_code == 200)
+        wait_for(lambda: httpx.get(f"{self.url}/health/ready").status_code == 200)
         self.runner.runs.clear()
 
     def metric(self, line: str) -> float:
@@ -128,13 +128,6 @@ class HeldServer:
         head = f"POST /{version}/models/fake/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind.decode()}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         return connection
-
-    @staticmethod
-    def wait_for(happened: object) -> None:
-        deadline = time.monotonic() + 20
-        while not happened():  # type: ignore[operator]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)  # another thread's doing, which has no other way to tell us
 
     def end(self) -> None:
         """What SIGTERM does; returns when the server has ended."""
@@ -160,10 +153,10 @@ def test_clients_that_leave_the_queue_cost_no_block(held: HeldServer, path: str)
     first = held.send(path)
     assert held.runner.began.wait(20)
     waiting = [held.send(path) for _ in range(20)]
-    held.wait_for(lambda: held.metric("hbll_queue_rows") == 20)
+    wait_for(lambda: held.metric("hbll_queue_rows") == 20)
     for connection in waiting:
         connection.close()
-    held.wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 20)
+    wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 20)
     assert held.metric('hbll_failed_seconds_count{model="fake",version="1"}') == 20
     held.runner.go.set()
     received = b""
@@ -172,7 +165,7 @@ def test_clients_that_leave_the_queue_cost_no_block(held: HeldServer, path: str)
         assert chunk, received
         received += chunk
     first.close()
-    held.wait_for(lambda: held.metric("hbll_queue_rows") == 0)
+    wait_for(lambda: held.metric("hbll_queue_rows") == 0)
     assert all(count == 1 for _, count, _ in held.runner.runs)
     assert (
         held.metric('hbll_block_rows_total{model="fake",version="1"}') == 1 + 1 + 1 + 7
@@ -190,10 +183,10 @@ def test_a_stream_that_is_left_stops_at_the_next_rung(held: HeldServer) -> None:
 
     held.runner.before = before
     connection = held.send("predict/stream")
-    held.wait_for(lambda: b"event: answer" in connection.recv(4000))
+    wait_for(lambda: b"event: answer" in connection.recv(4000))
     assert second.wait(20)
     connection.close()
-    held.wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 1)
+    wait_for(lambda: held.metric('hbll_refusals_total{code="client_gone"}') == 1)
     left.set()
     response = httpx.post(f"{held.url}/v1/models/fake/predict", json={"inputs": [[[0.1, 0], [0, 0]]], "path": "4"})
     assert response.status_code == 200

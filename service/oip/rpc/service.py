@@ -18,7 +18,7 @@ from service.oip.rpc.access import note_model
 from service.oip.rpc.answering import Arrival, answer
 from service.oip.rpc.messages import parse, told
 from service.oip.rpc.names import HEALTH, INFERENCE
-from service.oip.rpc.status import abort
+from service.oip.rpc.status import refuse
 from service.oip.rpc.streams import serve_stream
 from service.oip.rpc.stubs import open_inference_pb2 as pb
 from service.oip.schemas import Statistics
@@ -71,15 +71,17 @@ class Service:
         try:
             response = await work
             return b"" if response is None else response.SerializeToString()
-        except ServiceError as exc:
-            error = exc
+        except ServiceError as error:
+            return self._refuse(call, error)
         except Exception as exc:
             if isinstance(exc, grpc.aio.BaseError | grpc.RpcError):  # the client has gone
                 raise
             logger.exception("unhandled error in a gRPC call")
-            error = ServiceError("the server met an error of its own; its log has the cause")
+            return self._refuse(call, ServiceError("the server met an error of its own; its log has the cause"))
+
+    def _refuse(self, call: Call, error: ServiceError) -> bytes:
         self._ctx.metrics.refusals.labels(error.code).inc()
-        return await abort(call, error)
+        return refuse(call, error)
 
     def _unary(
         self, kind: type[Request], behaviour: Callable[[Request], Awaitable[Message]]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from typing import NoReturn
 
 import grpc
 
@@ -39,8 +38,10 @@ def status_of(error: ServiceError) -> grpc.StatusCode:
     return _STATUSES.get(error.status, grpc.StatusCode.UNKNOWN)
 
 
-async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: ServiceError) -> NoReturn:
-    """End a call by an error, which the access log is to know of."""
+def refuse(context: grpc.aio.ServicerContext[bytes, bytes], error: ServiceError) -> bytes:
+    """Have a call end by an error, which the access log is to know of, once the handler returns; what this returns may be
+    its message, which is not sent. `context.abort` would keep its own exception, and with it the call, in a cycle: until a
+    whole collection of garbage, what was refused would stay in memory."""
     note(status=status_of(error))
     metadata = [("code", error.code)]
     if error.details:
@@ -50,4 +51,7 @@ async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: ServiceE
     metadata += [(name.lower(), value) for name, value in error.headers.items()]
     if (own := request_id.get()) is not None:  # metadata that were set before are not sent
         metadata.append((HEADER.lower(), own))
-    await context.abort(status_of(error), sentence(str(error)), tuple(metadata))
+    context.set_code(status_of(error))
+    context.set_details(sentence(str(error)))
+    context.set_trailing_metadata(tuple(metadata))
+    return b""
