@@ -65,7 +65,7 @@ async def on_validation_error(request: Request, exc: Exception) -> JSONResponse:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Of the calls that an error came through. The framework's keep it in turn, and so the body, until garbage is collected."""
+    """Of the calls that an error came through. The framework's keep it, and so the body, until garbage is collected."""
     while error is not None:
         error.__traceback__ = None
         error = error.__context__
