@@ -92,7 +92,14 @@ class Engine(Protocol):
         ...
 
     async def submit(
-        self, model: ServedModel, x: Rows, wish: Wish, arrived_s: float, on_answer: OnAnswer | None = None
+        self,
+        model: ServedModel,
+        x: Rows,
+        wish: Wish,
+        arrived_s: float,
+        on_answer: OnAnswer | None = None,
+        *,
+        on_loop: bool = True,
     ) -> Answer:
         """See `service.engine.Engine.submit`."""
         ...

@@ -32,6 +32,7 @@ from service.limits import LimitBody
 from service.metrics import Metrics
 from service.oip import infer as oip_infer
 from service.oip import routes as oip_routes
+from service.oip.rpc.gate import CallGate
 from service.oip.rpc.port import check_grpc, open_rpc
 from service.pauses import collect_when_idle, shorten_pauses, watch_pauses
 from service.reload import watch_repository
@@ -67,17 +68,22 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     repository = repository or open_repository(settings)
     metrics = Metrics()
     tracer = open_tracer()
-    gate = Gate()
+    gate, calls = Gate(), CallGate()
+
+    def unread() -> int:
+        return gate.waiting() + calls.waiting()
+
+    metrics.unread_requests.set_function(unread)
     engine = Engine(
         metrics,
         max_batch=settings.max_batch,
         max_queue_rows=settings.max_queue_rows,
         reserve_s=settings.reserve_ms / 1000,
-        unread=gate.waiting,
+        unread=unread,
         trace=tracer is not None,
     )
 
-    context = Context(settings, repository, engine, metrics, tracer, keys)
+    context = Context(settings, repository, engine, metrics, tracer, keys, calls)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from service.answers import Engine
 from service.keys import Keys
 from service.metrics import Metrics
+from service.oip.rpc.gate import CallGate
 from service.repository import Repository, ServedModel
 from service.schemas import Error
 from service.settings import Settings
@@ -27,6 +28,7 @@ class Context:
         metrics: Metrics,
         tracer: Tracer | None = None,
         keys: Keys | None = None,
+        calls: CallGate | None = None,
     ) -> None:
         self.settings = settings
         self.repository = repository
@@ -34,6 +36,7 @@ class Context:
         self.metrics = metrics
         self.tracer = tracer
         self.keys = keys
+        self.calls = calls or CallGate()
         self.loading = asyncio.Lock()  # versions come and go one at a time
         self.warm = False
 

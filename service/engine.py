@@ -184,9 +184,17 @@ class Engine:
         return self._dispatch.foresee(model, wish, rows)
 
     async def submit(
-        self, model: ServedModel, x: Rows, wish: Wish, arrived_s: float, on_answer: OnAnswer | None = None
+        self,
+        model: ServedModel,
+        x: Rows,
+        wish: Wish,
+        arrived_s: float,
+        on_answer: OnAnswer | None = None,
+        *,
+        on_loop: bool = True,
     ) -> Answer:
-        """Answer the rows of `x (rows, *input_shape) float32`, which arrived at `arrived_s` on the engine's clock.
+        """Answer the rows of `x (rows, *input_shape) float32`, which arrived at `arrived_s` on the engine's clock. With
+        `on_loop` a short run for them, if they are alone, holds up the event loop.
 
         Cancelling the call takes its rows out of the queue; those that run go no further than their segment's end.
 
@@ -207,7 +215,7 @@ class Engine:
                 raise infeasible(wish.deadline_s, by_s, arrived_s)
         wish, audited = self._drift[model].admit(wish)
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        ticket = Ticket(model, arrived_s, done, [None] * len(x), on_answer, [] if self.trace else None)
+        ticket = Ticket(model, arrived_s, done, [None] * len(x), on_answer, on_loop, [] if self.trace else None)
         chosen = secrets.randbelow(len(x)) if audited else -1  # one row: rows of a request may be much alike
         for index, row in enumerate(x):
             waits = TicketRow(wish, now, next(self._order), model=model, x=row, ticket=ticket, index=index)
@@ -218,9 +226,9 @@ class Engine:
             self._dispatch.arrive(waits, now)
         self.metrics.of(self.metrics.requests, *model.labels).inc()
         try:
-            if self._is_alone():
+            if on_loop and self._is_alone():
                 await asyncio.sleep(0)  # the loop reads who came with it
-            if not (self._is_alone() and self._run_here()):
+            if not (on_loop and self._is_alone() and self._run_here()):
                 self._happened.set()
             return await done
         except asyncio.CancelledError:
@@ -358,7 +366,9 @@ class Engine:
         """Whether it is quicker done here than told to the inference thread, and nobody else is kept waiting by that."""
         profile = run.model.profile
         assert profile is not None
-        return len(self._tickets) == 1 and profile.typical_s(run.batch.segment, len(run.rows)) <= _ON_LOOP_S
+        if len(self._tickets) != 1 or not next(iter(self._tickets)).on_loop:
+            return False
+        return profile.typical_s(run.batch.segment, len(run.rows)) <= _ON_LOOP_S
 
     async def _watch_for_hangs(self) -> None:
         """Say so when a run does not come back. A thread cannot be ended from outside, so all else that can be done is to

@@ -13,6 +13,8 @@ import time
 from collections import deque
 from typing import Protocol
 
+from service.errors import DeadlineExpired
+
 AT_ONCE = 8
 """How many begin before the loop turns to what else there is: measured from 2 to 128 (docs/scheduling.md)."""
 
@@ -82,6 +84,18 @@ class Pace:
         self._known = measured[0][0] + budget_s, budget_s, takes_s
         return takes_s
 
+    def in_time(self, arrived_s: float, budget_s: float | None, now_s: float) -> bool:
+        """Whether a request that came at `arrived_s` would have its answer in its budget, if it has one and begins now."""
+        return budget_s is None or arrived_s + budget_s >= now_s + self.takes_s(budget_s, now_s)
+
+
+def late(arrived_s: float) -> DeadlineExpired:
+    """The error of a request that came at `arrived_s` and waits no more, as it would not be in time."""
+    waited_ms = 1000 * (time.monotonic() - arrived_s)
+    return DeadlineExpired(
+        f"the latency budget would run out: the request waited {waited_ms:.0f} ms for the server to read it"
+    )
+
 
 class Gate:
     """Lets requests begin in the order in which they came, few at a time. Used on one event loop.
@@ -128,8 +142,7 @@ class Gate:
                 request.forget()
                 continue
             self._begun += 1
-            budget_s = request.budget_s()
-            if budget_s is not None and request.arrived_s + budget_s < now_s + self.pace.takes_s(budget_s, now_s):
-                request.refuse()
-            else:
+            if self.pace.in_time(request.arrived_s, request.budget_s(), now_s):
                 request.begin()
+            else:
+                request.refuse()

@@ -23,14 +23,13 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service.access import HEADER, id_of, log_request
 from service.errors import (
     ClientGone,
-    DeadlineExpired,
     HeadersTooLarge,
     MalformedRequest,
     RequestTimeout,
     ServiceError,
     TooManyConnections,
 )
-from service.gate import Gate
+from service.gate import Gate, late
 from service.glimpse import glimpsed_budget_ms
 from service.metrics import Metrics
 from service.settings import Settings
@@ -134,7 +133,6 @@ def bounded_connection(settings: Settings, counted: Metrics, passed: Gate) -> ty
         log = settings.access_log
         gate = passed
 
-    counted.unread_requests.set_function(passed.waiting)
     return Connection
 
 
@@ -310,9 +308,7 @@ class _Unread:
 
     def refuse(self) -> None:
         """See `Unread`."""
-        waited_ms = 1000 * (time.monotonic() - self.arrived_s)
-        text = f"the latency budget would run out: the request waited {waited_ms:.0f} ms for the server to read it"
-        self._connection.refuse_unread(self._cycle, DeadlineExpired(text))
+        self._connection.refuse_unread(self._cycle, late(self.arrived_s))
 
     def forget(self) -> None:
         """See `Unread`."""

@@ -21,6 +21,7 @@ class Ticket:
     done: asyncio.Future[Answer]
     answers: list[RowAnswer | None]
     on_answer: OnAnswer | None
+    on_loop: bool
     spans: list[Timed] | None
     rows: list[TicketRow] = field(default_factory=list)
     queue_s: float | None = None

@@ -9,9 +9,10 @@ import pytest
 
 from family.tree import Path
 from service.errors import DeadlineExpired
+from service.policy.wish import Wish
 from service.profile import LatencyProfile
 from tests.fakes import fake_parts
-from tests.service.bench import bench, run
+from tests.service.bench import bench, rows, run
 
 
 def test_a_short_run_for_the_only_request_is_done_by_the_event_loop_itself() -> None:
@@ -26,6 +27,8 @@ def test_a_short_run_for_the_only_request_is_done_by_the_event_loop_itself() -> 
             long = b.ask(0.1, path=(1, 2, 3, 4, 5, 6, 7))
             await asyncio.gather(long, b.ask(0.1, path=(4,)), b.ask(0.1, path=(4,)))
             assert threads[1:] == ["inference", "inference"]
+            await b.engine.submit(b.model, rows(0.1), Wish(path=(4,)), b.clock(), on_loop=False)
+            assert threads[3:] == ["inference"]
 
     run(test)
 

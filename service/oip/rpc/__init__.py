@@ -8,6 +8,7 @@ process, event loop and engine. Needs the extra `grpc`; only modules in here kno
     names.py       the services' names
     service.py     the RPCs
     answering.py   requests for answers: to the engine and back
+    gate.py        where they wait in a crowd
     streams.py     the RPC that is a stream of them
     messages.py    messages  <->  what `service.oip` reads and tells
     status.py      errors as status and trailing metadata

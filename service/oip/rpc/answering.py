@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ from service.context import Context, milliseconds
 from service.errors import BadRequest, ClientGone, InvalidInput, ServiceError
 from service.oip.inference import Inference, describe_answer, open_inference
 from service.oip.rpc.access import note
-from service.oip.rpc.messages import read_request, values_of, write_response
+from service.oip.rpc.messages import parameters_of, read_request, values_of, write_response
 from service.oip.rpc.status import status_of
 from service.oip.rpc.stubs import open_inference_pb2 as pb
+from service.oip.wire import read_parameters
 from service.tracing import Timed
+from service.wishes import with_headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +36,23 @@ class Arrival:
     metadata: Sequence[tuple[bytes, bytes]]
 
     @classmethod
-    def now(cls, method: str, context: grpc.aio.ServicerContext[bytes, bytes]) -> Arrival:
-        """Of a message that has just come."""
+    def now(cls, ctx: Context, method: str, call: grpc.aio.ServicerContext[bytes, bytes]) -> Arrival:
+        """Of a message that the event loop has just been handed."""
         metadata = [
             (name.encode(), value if isinstance(value, bytes) else value.encode())
-            for name, value in context.invocation_metadata() or ()
+            for name, value in call.invocation_metadata() or ()
         ]
-        return cls(method, time.monotonic(), context.time_remaining(), metadata)
+        return cls(method, ctx.calls.came_s(time.monotonic()), call.time_remaining(), metadata)
+
+    def budget_s(self, request: pb.ModelInferRequest) -> float | None:
+        """The budget of its message, as far as that shows before all of it is read. Where something is wrong, whoever reads
+        it will say so."""
+        try:
+            budget_ms = with_headers(read_parameters(parameters_of(request)), self.metadata).budget_ms
+        except ServiceError:
+            budget_ms = None
+        budgets_s = (budget_ms and budget_ms / 1000, self.patience_s)
+        return min((budget_s for budget_s in budgets_s if budget_s is not None), default=None)
 
     @property
     def traceparent(self) -> str | None:
@@ -54,13 +66,19 @@ async def answer(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival) 
     Raises:
         ServiceError: as over REST.
     """
-    inference = _open(ctx, request, arrival)
-    call = inference.call
-    with _failures_counted(ctx, call, arrival):
-        found = await ctx.engine.submit(call.served, inference.x, call.wish, call.arrived_s)
-    parameters = _count(ctx, call, arrival, found)
-    learn_send(call, found)
-    return write_response(inference, request.id, parameters, found.rows)
+    async with _passed(ctx, request, arrival):
+        begun_s = time.monotonic()
+        inference = _open(ctx, request, arrival)
+        call = inference.call
+        with _failures_counted(ctx, call, arrival):
+            found = await ctx.engine.submit(call.served, inference.x, call.wish, call.arrived_s, on_loop=False)
+        parameters = _count(ctx, call, arrival, found)
+        learn_send(call, found)
+        response = write_response(inference, request.id, parameters, found.rows)
+        if call.budget_ms is not None:
+            now_s, deeper_s = time.monotonic(), found.decided_s - found.answered_s
+            ctx.calls.pace.answered(call.budget_ms / 1000, now_s - begun_s - deeper_s, now_s)
+        return response
 
 
 async def answer_rungs(
@@ -78,7 +96,11 @@ async def answer_rungs(
     if len(inference.x) != 1:
         raise InvalidInput(f"rungs: expected one row, got {len(inference.x)}")
     rungs: asyncio.Queue[RowAnswer | None] = asyncio.Queue()  # as many as the ladder has at most
-    work = ctx.engine.submit(call.served, inference.x, call.wish, call.arrived_s, lambda _, rung: rungs.put_nowait(rung))
+
+    def on_answer(_: int, rung: RowAnswer) -> None:
+        rungs.put_nowait(rung)
+
+    work = ctx.engine.submit(call.served, inference.x, call.wish, call.arrived_s, on_answer, on_loop=False)
     running = asyncio.ensure_future(work)
     running.add_done_callback(lambda _: rungs.put_nowait(None))
     try:
@@ -92,6 +114,20 @@ async def answer_rungs(
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _passed(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival) -> AsyncGenerator[None]:
+    """Through the gate, where a crowd waits."""
+    try:
+        await ctx.calls.enter(arrival.arrived_s, lambda: arrival.budget_s(request))
+    except asyncio.CancelledError:
+        ctx.metrics.refusals.labels(ClientGone.code).inc()
+        raise
+    try:
+        yield
+    finally:
+        ctx.calls.leave()
 
 
 def _open(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival, *, climb: bool = False) -> Inference:

@@ -62,7 +62,7 @@ def read_request(request: pb.ModelInferRequest) -> InferenceRequest:
     """
     return InferenceRequest.model_construct(
         id=request.id or None,
-        parameters=_parameters("parameters", request.parameters),
+        parameters=parameters_of(request),
         inputs=[
             RequestInput.model_construct(
                 name=tensor.name,
@@ -80,6 +80,15 @@ def read_request(request: pb.ModelInferRequest) -> InferenceRequest:
             for output in request.outputs
         ],
     )
+
+
+def parameters_of(request: pb.ModelInferRequest) -> dict[str, Any]:
+    """The parameters of a request.
+
+    Raises:
+        BadRequest: one has no value that is known here.
+    """
+    return _parameters("parameters", request.parameters)
 
 
 def _parameters(where: str, given: Mapping[str, pb.InferParameter]) -> dict[str, Any]:

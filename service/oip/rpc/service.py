@@ -97,7 +97,7 @@ class Service:
         return grpc.unary_unary_rpc_method_handler(handle)
 
     async def _infer(self, message: bytes, call: Call) -> bytes:
-        arrival = Arrival.now(f"{INFERENCE}/ModelInfer", call)
+        arrival = Arrival.now(self._ctx, f"{INFERENCE}/ModelInfer", call)
 
         async def work() -> Message:
             request = parse(pb.ModelInferRequest, message)

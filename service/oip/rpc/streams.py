@@ -35,7 +35,7 @@ async def serve_stream(ctx: Context, method: str, stream: Stream, draining: asyn
     first = True
     while (message := await _read(stream, draining)) is not None:
         with request_of_stream(len(message)):
-            await _answer(ctx, message, Arrival.now(method, stream), stream, counted=first)
+            await _answer(ctx, message, Arrival.now(ctx, method, stream), stream, counted=first)
         first = False
 
 

@@ -1,0 +1,110 @@
+"""Where gRPC calls wait for the event loop, in a crowd: what `service.gate` is for HTTP, by the turns that gRPC's library
+takes. Knows nothing of the library.
+
+It takes one new call in a turn of the loop, and tells nobody how many wait for that. A loop that is busy with the calls it
+has begun hardly sees a crowd: it runs batches of one, and all wait where nobody looks at their budgets. So once there are a
+few, none begins before the loop has had some turns that brought nobody new. Whoever is late by then is refused unread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from service.gate import AT_ONCE, Pace, late
+
+_AT_A_TIME = 16
+"""How many begin together, once nobody new comes."""
+
+_QUIET_TURNS = 10
+"""A new call shows some turns after the one before: a thread of the library's fetches it meanwhile."""
+
+_LONGEST_S = 0.02
+"""Where somebody new comes all the time, the others begin nevertheless, after so long."""
+
+_UNSEEN = 0.75
+"""Of the time since nobody waited to be taken, the share that a call which is taken now is thought to have waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    arrived_s: float
+    budget_s: Callable[[], float | None]
+    begins: asyncio.Future[bool]  # false: it would be late
+
+
+class CallGate:
+    """Lets calls begin in the order in which they came. Used on one event loop."""
+
+    def __init__(self) -> None:
+        self.pace = Pace()
+        """To be told of answers."""
+        self._waiting: deque[_Waiting] = deque()
+        self._here = 0  # begun or waiting
+        self._quiet_turns = 0
+        self._quiet_s = 0.0  # when nobody waited to be taken, as far as is known
+        self._round_s = 0.0  # since when those who wait let others come first
+
+    def waiting(self) -> int:
+        """How many wait; the first few, and those that come when there are few, never do."""
+        return len(self._waiting)
+
+    def came_s(self, now_s: float) -> float:
+        """When a call that is taken now is thought to have come."""
+        return now_s if self._here < AT_ONCE else now_s - _UNSEEN * (now_s - self._quiet_s)
+
+    async def enter(self, arrived_s: float, budget_s: Callable[[], float | None]) -> None:
+        """Returns when it is the turn of a call that came at `arrived_s`, which is to `leave` when it has ended. `budget_s`
+        tells its budget, if any, and is called only where that matters.
+
+        Raises:
+            DeadlineExpired: it would be late.
+        """
+        self._here += 1
+        self._quiet_turns = 0
+        if self._here <= AT_ONCE:
+            self._quiet_s = time.monotonic()
+            return
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            self._round_s = time.monotonic()
+            loop.call_soon(self._next_turn)
+        call = _Waiting(arrived_s, budget_s, loop.create_future())
+        self._waiting.append(call)
+        begins = False
+        try:
+            begins = await call.begins
+        finally:
+            if not begins:
+                self.leave()
+        if not begins:
+            raise late(arrived_s)
+
+    def leave(self) -> None:
+        """A call that began has ended."""
+        self._here -= 1
+
+    def _next_turn(self) -> None:
+        loop, now_s = asyncio.get_running_loop(), time.monotonic()
+        self._quiet_turns += 1
+        quiet = self._quiet_turns >= _QUIET_TURNS
+        if quiet or now_s >= self._round_s + _LONGEST_S:
+            if quiet:
+                self._quiet_s = now_s
+            self._round_s, self._quiet_turns = now_s, 0
+            self._begin_some(now_s)
+        if self._waiting:
+            loop.call_soon(self._next_turn)
+
+    def _begin_some(self, now_s: float) -> None:
+        begun = 0
+        while self._waiting and begun < _AT_A_TIME:
+            call = self._waiting.popleft()
+            if call.begins.done():  # its client has gone
+                continue
+            begins = self.pace.in_time(call.arrived_s, call.budget_s(), now_s)
+            call.begins.set_result(begins)
+            begun += begins
