@@ -49,7 +49,7 @@ class Arrival:
         it will say so."""
         try:
             budget_ms = with_headers(read_parameters(parameters_of(request)), self.metadata).budget_ms
-        except ServiceError:
+        except (ServiceError, ValueError):
             budget_ms = None
         budgets_s = (budget_ms and budget_ms / 1000, self.patience_s)
         return min((budget_s for budget_s in budgets_s if budget_s is not None), default=None)
