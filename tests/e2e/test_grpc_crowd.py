@@ -30,31 +30,29 @@ def stub(server: LiveServer) -> Iterator[service_pb2_grpc.GRPCInferenceServiceSt
 
 
 def request(budget_ms: float | None) -> pb.ModelInferRequest:
-    message = pb.ModelInferRequest(model_name="digits", raw_input_contents=[bytes(3136)])
-    message.inputs.add(name="x", datatype="FP32", shape=[1, 28, 28])
+    """Of many rows, so that answers take longer than the server needs to see who else is there."""
+    message = pb.ModelInferRequest(model_name="digits", raw_input_contents=[bytes(16 * 3136)])
+    message.inputs.add(name="x", datatype="FP32", shape=[16, 28, 28])
     if budget_ms is not None:
         message.parameters["latency_budget_ms"].double_param = budget_ms
     return message
 
 
-def test_in_a_crowd_who_is_late_is_refused_unread_and_all_others_are_answered(
+def test_in_a_crowd_who_is_late_is_refused_and_all_others_are_answered(
     server: LiveServer, stub: service_pb2_grpc.GRPCInferenceServiceStub
 ) -> None:
-    budgets_ms = [None, 60_000, None, 0.001] * CROWD
+    budgets_ms = [None, 0.001, 60_000, 0.001] * (CROWD // 2)  # of which the queue has room for all
     before = refusals(server, "deadline_expired")
     server.process.send_signal(signal.SIGSTOP)
     try:
         calls = [stub.ModelInfer.future(request(budget_ms)) for budget_ms in budgets_ms]
     finally:
         server.process.send_signal(signal.SIGCONT)
-    unread = 0
     for call, budget_ms in zip(calls, budgets_ms, strict=True):
         if budget_ms == 0.001:
             assert call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             assert dict(call.trailing_metadata())["code"] == "deadline_expired"
-            unread += "for the server to read it" in call.details()
         else:
             assert call.result(timeout=60).model_name == "digits"
-    assert unread > CROWD / 4  # who finds few before it is begun with
     assert refusals(server, "deadline_expired") == before + CROWD
     assert httpx.get(f"{server.url}/metrics").text.count("hbll_unread_requests 0.0") == 1
