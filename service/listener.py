@@ -150,7 +150,7 @@ class BoundedConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol. Who connects and sends nothing has as long as for headers."""
         super().connection_made(transport)
-        self._one_more = True  # than may be, unless there are fewer when it asks; who is served once stays
+        self._one_more = len(self.connections) > self.max_connections  # than may be, unless some have gone when it asks
         self._in_head = True
         self._unparsed_bytes = 0  # since the last request
         self._began_s = 0.0  # when the first of them came

@@ -40,7 +40,7 @@ async def on_service_error(request: Request, exc: Exception) -> JSONResponse:
 async def on_http_exception(request: Request, exc: Exception) -> JSONResponse:
     """The framework's: no such route, no such method, a body that is no text."""
     assert isinstance(exc, HTTPException)
-    _let_go(exc)
+    let_go(exc)
     code = _HTTP_CODES.get(exc.status_code, "http_error")
     message = {
         404: f"there is nothing at {request.url.path[:200]}: see /docs for what there is",
@@ -52,10 +52,10 @@ async def on_http_exception(request: Request, exc: Exception) -> JSONResponse:
 async def on_validation_error(request: Request, exc: Exception) -> JSONResponse:
     """A body that is no JSON, or JSON that is not the request's schema."""
     assert isinstance(exc, RequestValidationError)
-    _let_go(exc)
+    let_go(exc)
     for problem in exc.errors():
         if isinstance(error := problem.get("ctx", {}).get("error"), Exception):
-            _let_go(error)
+            let_go(error)
     first = exc.errors()[0]
     if first["type"] == "json_invalid":
         return error_response(
@@ -64,9 +64,9 @@ async def on_validation_error(request: Request, exc: Exception) -> JSONResponse:
     return error_response(InvalidInput(describe(first)), request.scope)
 
 
-def _let_go(error: BaseException | None) -> None:
+def let_go(error: BaseException | None) -> None:
     """Of the calls that an error came through. The framework's keep it, and so the body, until garbage is collected."""
-    while error is not None:
+    while error is not None and error.__traceback__ is not None:
         error.__traceback__ = None
         error = error.__context__
 

@@ -34,7 +34,7 @@ class Client:
         self._thread.start()
         self._lifespan = app.router.lifespan_context(app)
         try:
-            self._call(self._start())
+            self.run(self._start())
         except BaseException:
             self._end_loop()  # else the thread would outlive the tests
             raise
@@ -43,7 +43,7 @@ class Client:
         self._http = httpx.AsyncClient(transport=transport, base_url="http://test")
 
     def request(self, method: str, url: str, **options: object) -> httpx.Response:
-        return self._call(self._http.request(method, url, **options))
+        return self.run(self._http.request(method, url, **options))
 
     def get(self, url: str) -> httpx.Response:
         return self.request("GET", url)
@@ -54,8 +54,8 @@ class Client:
         return self.request("POST", f"/v1/models/{model}/predict", content=content, headers=headers)
 
     def close(self) -> None:
-        self._call(self._http.aclose())
-        self._call(self._lifespan.__aexit__(None, None, None))
+        self.run(self._http.aclose())
+        self.run(self._lifespan.__aexit__(None, None, None))
         self._end_loop()
 
     def _end_loop(self) -> None:
@@ -68,7 +68,8 @@ class Client:
         while not self.app.state.context.ready:
             await asyncio.sleep(0.01)
 
-    def _call(self, coroutine: object) -> object:
+    def run(self, coroutine: object) -> object:
+        """On the app's loop."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)  # type: ignore[arg-type]
         try:
             return future.result(timeout=_PATIENCE_S)

@@ -267,7 +267,7 @@ def test_a_full_queue_is_429_with_retry_after(client: Client) -> None:
         calls = (client._http.post("/v1/models/digits/predict", json=body) for _ in range(8))
         return await asyncio.gather(*calls)
 
-    responses = client._call(burst())
+    responses = client.run(burst())
     statuses = {response.status_code for response in responses}
     assert statuses == {200, 429}
     for response in responses:

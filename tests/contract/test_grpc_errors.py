@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
+from service.gate import AT_ONCE
+from service.oip.rpc.answering import Arrival
 from tests.contract.conftest import Client, left_to_the_collector
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -310,6 +313,38 @@ def test_what_was_refused_is_let_go(channel: grpc.Channel) -> None:
         for wrong in CASES.values():
             refused(channel, wrong)
     assert not left
+
+
+def test_a_refusal_is_a_status_and_nothing_before_it(channel: grpc.Channel) -> None:
+    """Else clients, which try again what was refused, would take the call for one that has begun to be answered."""
+    wrong = CASES["unknown model"]
+    messages = []
+    with pytest.raises(grpc.RpcError) as caught:
+        messages += channel.unary_stream(wrong.method)(wrong.message, timeout=60)
+    assert (caught.value.code(), messages) == (wrong.status, [])
+
+
+def test_in_a_crowd_who_is_late_is_refused_unread(channel: grpc.Channel, client: Client) -> None:
+    calls = client.app.state.context.calls
+    message = good()
+    message.parameters["latency_budget_ms"].double_param = 0.001
+    for _ in range(AT_ONCE):
+        client.run(calls.enter(0.0, lambda: None))
+    try:
+        with pytest.raises(grpc.RpcError, match="for the server to read it") as caught:
+            channel.unary_unary(INFER)(message.SerializeToString(), timeout=60)
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert channel.unary_unary(INFER)(GOOD, timeout=60)
+    finally:
+        for _ in range(AT_ONCE):
+            calls.leave()
+
+
+def test_however_long_a_call_waited_unseen_its_client_waits_as_long_as_it_said() -> None:
+    crowd = SimpleNamespace(calls=SimpleNamespace(came_s=lambda now_s: now_s - 5))
+    for left_s, patience_s in ((1.0, 6.0), (None, None)):
+        call = SimpleNamespace(invocation_metadata=tuple, time_remaining=lambda left_s=left_s: left_s)
+        assert Arrival.now(crowd, INFER, call).patience_s == pytest.approx(patience_s)
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])

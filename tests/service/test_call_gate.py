@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,15 @@ async def turns(count: int) -> None:
         await asyncio.sleep(0)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The gate's time, `now_s`, which a test moves."""
+    clock = SimpleNamespace(now_s=1000.0)
+    clock.monotonic = lambda: clock.now_s
+    monkeypatch.setattr("service.oip.rpc.gate.time", clock)
+    return clock
+
+
 def play(story: Coroutine[None, None, None]) -> None:
     asyncio.run(story)
 
@@ -79,18 +89,14 @@ def test_few_begin_at_once_and_the_others_when_nobody_new_comes() -> None:
     play(story())
 
 
-def test_those_who_wait_begin_though_somebody_new_comes_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = 1000.0
-    monkeypatch.setattr("service.oip.rpc.gate.time", SimpleNamespace(monotonic=lambda: now_s))
-
+def test_those_who_wait_begin_though_somebody_new_comes_all_the_time(clock: SimpleNamespace) -> None:
     async def story() -> None:
-        nonlocal now_s
         crowd = Crowd()
         calls = []
         for number in range(60):
-            calls.append(crowd.come(number, arrived_s=now_s))
+            calls.append(crowd.come(number, arrived_s=clock.now_s))
             await turns(1)
-            now_s += 0.001
+            clock.now_s += 0.001
         assert AT_ONCE + TOGETHER <= len(crowd.begun) < 60
         crowd.go.set()
         await asyncio.gather(*calls)
@@ -143,27 +149,65 @@ def test_who_would_be_late_by_what_answers_take_is_refused() -> None:
     play(story())
 
 
-def test_a_call_is_thought_to_have_come_some_time_since_nobody_waited(monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = 1000.0
-    monkeypatch.setattr("service.oip.rpc.gate.time", SimpleNamespace(monotonic=lambda: now_s))
-
+def test_in_a_crowd_a_call_is_thought_to_have_waited_unseen(clock: SimpleNamespace) -> None:
     async def story() -> None:
-        nonlocal now_s
         crowd = Crowd()
         calls = []
         for number in range(AT_ONCE):
-            assert crowd.gate.came_s(now_s) == now_s
+            clock.now_s += 1
+            assert crowd.gate.came_s(clock.now_s) == clock.now_s  # few are no crowd
             calls.append(crowd.come(number))
             await turns(1)
-            now_s += 1
-        assert crowd.gate.came_s(now_s) == now_s - 0.75  # nobody waited when the last began, a second ago
-        now_s += 1
-        assert crowd.gate.came_s(now_s) == now_s - 1.5
-        calls.append(crowd.come(8))
-        await turns(1)
+        clock.now_s += 0.02  # the loop was busy
+        assert crowd.gate.came_s(clock.now_s) == pytest.approx(clock.now_s - 0.015)
+        clock.now_s += 1
+        assert crowd.gate.came_s(clock.now_s) == pytest.approx(clock.now_s - 0.075)  # at most
         await turns(12)
-        assert crowd.gate.came_s(now_s) == now_s  # so many turns brought nobody
+        clock.now_s += 1
+        assert crowd.gate.came_s(clock.now_s) == clock.now_s  # the loop has long been idle, though all are still here
+        calls.append(crowd.come(AT_ONCE, arrived_s=clock.now_s))
+        await turns(12)
+        assert len(crowd.begun) == AT_ONCE + 1
+        clock.now_s += 0.02  # and was busy with that one
+        assert crowd.gate.came_s(clock.now_s) == pytest.approx(clock.now_s - 0.015)
         crowd.go.set()
         await asyncio.gather(*calls)
+
+    play(story())
+
+
+def test_a_budget_that_cannot_be_told_harms_nobody_else() -> None:
+    async def story() -> None:
+        gate = CallGate()
+        for _ in range(AT_ONCE):
+            await gate.enter(0.0, lambda: None)
+        wrong = asyncio.create_task(gate.enter(0.0, lambda: 1 // 0))
+        right = asyncio.create_task(gate.enter(0.0, lambda: None))
+        await right
+        with pytest.raises(ZeroDivisionError):
+            await wrong
+
+    play(story())
+
+
+def test_who_leaves_when_its_turn_has_come_leaves_its_place() -> None:
+    async def story() -> None:
+        gate = CallGate()
+        for _ in range(AT_ONCE):
+            await gate.enter(0.0, lambda: None)
+        call = asyncio.create_task(gate.enter(0.0, lambda: None))
+        while not gate.waiting():
+            await turns(1)
+        while gate.waiting():
+            await turns(1)
+        call.cancel()  # before it hears of it, or just after: the loop's order is not ours
+        with suppress(asyncio.CancelledError):
+            await call
+            gate.leave()
+        gate.leave()
+        await turns(15)
+        entered = asyncio.create_task(gate.enter(0.0, lambda: None))
+        await turns(1)
+        assert entered.done()  # there is one place
 
     play(story())

@@ -91,7 +91,7 @@ class Access(grpc.aio.ServerInterceptor):
 def _watched(handler: Handler, state: dict[str, Any]) -> Handler:
     """`handler`, which is of one of the two kinds there are here."""
     behaviour: Any = handler.stream_stream if handler.request_streaming else handler.unary_unary
-    trailing = ((HEADER.lower(), state["request_id"]),)  # of calls that end well: `status.refuse` sets its own
+    trailing = ((HEADER.lower(), state["request_id"]),)  # of calls that end well: `status.abort` sets its own
 
     async def unary(message: bytes, call: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         call.set_trailing_metadata(trailing)

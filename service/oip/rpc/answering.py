@@ -42,7 +42,9 @@ class Arrival:
             (name.encode(), value if isinstance(value, bytes) else value.encode())
             for name, value in call.invocation_metadata() or ()
         ]
-        return cls(method, ctx.calls.came_s(time.monotonic()), call.time_remaining(), metadata)
+        now_s, left_s = time.monotonic(), call.time_remaining()
+        arrived_s = ctx.calls.came_s(now_s)
+        return cls(method, arrived_s, None if left_s is None else left_s + now_s - arrived_s, metadata)
 
     def budget_s(self, request: pb.ModelInferRequest) -> float | None:
         """The budget of its message, as far as that shows before all of it is read. Where something is wrong, whoever reads

@@ -12,7 +12,7 @@ from service.keys import Keys, check_operator, read_token
 from service.metrics import Metrics
 from service.oip.rpc.access import Handler, note
 from service.oip.rpc.names import HEALTH, INFERENCE
-from service.oip.rpc.status import refuse
+from service.oip.rpc.status import abort
 
 _OPEN = {f"/{HEALTH}/Check", f"/{INFERENCE}/ServerLive", f"/{INFERENCE}/ServerReady"}
 _OPERATORS = {f"/{INFERENCE}/RepositoryModelLoad", f"/{INFERENCE}/RepositoryModelUnload"}
@@ -60,9 +60,9 @@ def token_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
 def _refusing(handler: Handler, error: ServiceError) -> Handler:
     """A handler of the same kind of call that ends it by an error."""
 
-    async def handle(_: object, call: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        return refuse(call, error)
+    async def refuse(_: object, call: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        await abort(call, error)
 
     if handler.request_streaming:
-        return grpc.stream_stream_rpc_method_handler(handle)
-    return grpc.unary_unary_rpc_method_handler(handle)
+        return grpc.stream_stream_rpc_method_handler(refuse)
+    return grpc.unary_unary_rpc_method_handler(refuse)

@@ -19,6 +19,9 @@ from service.gate import AT_ONCE, Pace, late
 _AT_A_TIME = 16
 """How many begin together, once nobody new comes."""
 
+_JUDGED_AT_A_TIME = 64
+"""Refusals take time, too, which those who begin with them wait for."""
+
 _QUIET_TURNS = 10
 """A new call shows some turns after the one before: a thread of the library's fetches it meanwhile."""
 
@@ -27,6 +30,9 @@ _LONGEST_S = 0.02
 
 _UNSEEN = 0.75
 """Of the time since nobody waited to be taken, the share that a call which is taken now is thought to have waited for."""
+
+_LONGEST_UNSEEN_S = 0.1
+"""Of that time, the most that counts: where somebody new comes all the time, it only grows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,7 @@ class CallGate:
         """To be told of answers."""
         self._waiting: deque[_Waiting] = deque()
         self._here = 0  # begun or waiting
+        self._watches = False  # turns of the loop, for somebody new
         self._quiet_turns = 0
         self._quiet_s = 0.0  # when nobody waited to be taken, as far as is known
         self._round_s = 0.0  # since when those who wait let others come first
@@ -54,7 +61,9 @@ class CallGate:
 
     def came_s(self, now_s: float) -> float:
         """When a call that is taken now is thought to have come."""
-        return now_s if self._here < AT_ONCE else now_s - _UNSEEN * (now_s - self._quiet_s)
+        if not self._watches:
+            return now_s
+        return now_s - _UNSEEN * min(now_s - self._quiet_s, _LONGEST_UNSEEN_S)
 
     async def enter(self, arrived_s: float, budget_s: Callable[[], float | None]) -> None:
         """Returns when it is the turn of a call that came at `arrived_s`, which is to `leave` when it has ended. `budget_s`
@@ -65,13 +74,13 @@ class CallGate:
         """
         self._here += 1
         self._quiet_turns = 0
-        if self._here <= AT_ONCE:
-            self._quiet_s = time.monotonic()
-            return
         loop = asyncio.get_running_loop()
-        if not self._waiting:
-            self._round_s = time.monotonic()
+        if self._here >= AT_ONCE and not self._watches:
+            self._watches = True
+            self._quiet_s = self._round_s = time.monotonic()
             loop.call_soon(self._next_turn)
+        if self._here <= AT_ONCE:
+            return
         call = _Waiting(arrived_s, budget_s, loop.create_future())
         self._waiting.append(call)
         begins = False
@@ -88,23 +97,31 @@ class CallGate:
         self._here -= 1
 
     def _next_turn(self) -> None:
-        loop, now_s = asyncio.get_running_loop(), time.monotonic()
+        """Of the loop, of all until so many have brought nobody new and nobody waits."""
         self._quiet_turns += 1
         quiet = self._quiet_turns >= _QUIET_TURNS
+        if quiet and not self._waiting:
+            self._watches = False
+            return
+        asyncio.get_running_loop().call_soon(self._next_turn)
+        now_s = time.monotonic()
         if quiet or now_s >= self._round_s + _LONGEST_S:
             if quiet:
                 self._quiet_s = now_s
             self._round_s, self._quiet_turns = now_s, 0
             self._begin_some(now_s)
-        if self._waiting:
-            loop.call_soon(self._next_turn)
 
     def _begin_some(self, now_s: float) -> None:
-        begun = 0
-        while self._waiting and begun < _AT_A_TIME:
+        begun = judged = 0
+        while self._waiting and begun < _AT_A_TIME and judged < _JUDGED_AT_A_TIME:
             call = self._waiting.popleft()
             if call.begins.done():  # its client has gone
                 continue
-            begins = self.pace.in_time(call.arrived_s, call.budget_s(), now_s)
+            judged += 1
+            try:
+                begins = self.pace.in_time(call.arrived_s, call.budget_s(), now_s)
+            except Exception as exc:  # noqa: BLE001 - the call's own; the others go on
+                call.begins.set_exception(exc)
+                continue
             call.begins.set_result(begins)
             begun += begins

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -18,7 +18,7 @@ from service.oip.rpc.access import note_model
 from service.oip.rpc.answering import Arrival, answer
 from service.oip.rpc.messages import parse, told
 from service.oip.rpc.names import HEALTH, INFERENCE
-from service.oip.rpc.status import refuse
+from service.oip.rpc.status import abort
 from service.oip.rpc.streams import serve_stream
 from service.oip.rpc.stubs import open_inference_pb2 as pb
 from service.oip.schemas import Statistics
@@ -72,16 +72,16 @@ class Service:
             response = await work
             return b"" if response is None else response.SerializeToString()
         except ServiceError as error:
-            return self._refuse(call, error)
+            await self._abort(call, error)
         except Exception as exc:
             if isinstance(exc, grpc.aio.BaseError | grpc.RpcError):  # the client has gone
                 raise
             logger.exception("unhandled error in a gRPC call")
-            return self._refuse(call, ServiceError("the server met an error of its own; its log has the cause"))
+            await self._abort(call, ServiceError("the server met an error of its own; its log has the cause"))
 
-    def _refuse(self, call: Call, error: ServiceError) -> bytes:
+    async def _abort(self, call: Call, error: ServiceError) -> NoReturn:
         self._ctx.metrics.refusals.labels(error.code).inc()
-        return refuse(call, error)
+        await abort(call, error)
 
     def _unary(
         self, kind: type[Request], behaviour: Callable[[Request], Awaitable[Message]]

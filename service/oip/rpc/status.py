@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from typing import NoReturn
 
 import grpc
 
@@ -11,7 +13,7 @@ from service.access import HEADER
 from service.errors import ServiceError
 from service.logs import request_id
 from service.oip.rpc.access import note
-from service.responses import sentence
+from service.responses import let_go, sentence
 
 # By HTTP's status, so that an error has one place to be defined: service/errors.py.
 _STATUSES = {
@@ -38,10 +40,9 @@ def status_of(error: ServiceError) -> grpc.StatusCode:
     return _STATUSES.get(error.status, grpc.StatusCode.UNKNOWN)
 
 
-def refuse(context: grpc.aio.ServicerContext[bytes, bytes], error: ServiceError) -> bytes:
-    """Have a call end by an error, which the access log is to know of, once the handler returns; what this returns may be
-    its message, which is not sent. `context.abort` would keep its own exception, and with it the call, in a cycle: until a
-    whole collection of garbage, what was refused would stay in memory."""
+async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: ServiceError) -> NoReturn:
+    """End a call by an error, which the access log is to know of. (A status that is set before the handler returns comes
+    after an empty message, and clients try no call again that has begun to be answered.)"""
     note(status=status_of(error))
     metadata = [("code", error.code)]
     if error.details:
@@ -51,7 +52,8 @@ def refuse(context: grpc.aio.ServicerContext[bytes, bytes], error: ServiceError)
     metadata += [(name.lower(), value) for name, value in error.headers.items()]
     if (own := request_id.get()) is not None:  # metadata that were set before are not sent
         metadata.append((HEADER.lower(), own))
-    context.set_code(status_of(error))
-    context.set_details(sentence(str(error)))
-    context.set_trailing_metadata(tuple(metadata))
-    return b""
+    try:
+        await context.abort(status_of(error), sentence(str(error)), tuple(metadata))
+    except grpc.aio.AbortError as aborted:  # which the context keeps, and it the context, with the message
+        asyncio.get_running_loop().call_soon(let_go, aborted)
+        raise
