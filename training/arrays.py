@@ -42,7 +42,7 @@ def load_arrays(config: ArraysConfig) -> Dataset:
         normalisation=measure_normalisation(splits.train.x, by_first_axis=by_first_axis),
         image=image,
     )
-    return Dataset(*splits, spec=spec, source=config, augment=augmentation(config.shift, flip=config.flip))
+    return Dataset(*splits, spec=spec, source=config, augment=augmentation(config, image))
 
 
 def _open(file: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:

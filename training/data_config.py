@@ -21,11 +21,16 @@ class _Corrupted(Section):
     label_noise: float = Field(0.0, ge=0, lt=1, description="share of the training labels that are replaced by another")
 
 
-class _Augmented(Section):
+class Augmented(Section):
+    """What is done to training images, afresh in each batch."""
+
     shift: int = Field(
         0, ge=0, le=64, description="training images are moved by up to this many pixels in x and y, afresh in each batch"
     )
     flip: bool = Field(False, description="training images are mirrored, left to right, half of the time")
+    rand_augment: int = Field(
+        0, ge=0, lt=30, description="magnitude of RandAugment for training images in colour; 9 is usual, 0: none"
+    )
 
 
 class SplitConfig(Section):
@@ -74,7 +79,7 @@ class TableConfig(SplitConfig, _Corrupted):
     drop: tuple[str, ...] = Field((), description="columns to leave out, such as an id")
 
 
-class ArraysConfig(SplitConfig, _Augmented, _Corrupted):
+class ArraysConfig(SplitConfig, Augmented, _Corrupted):
     """A NumPy .npz file with the arrays `x (rows, ...)` and `y (rows,)`."""
 
     kind: Literal["arrays"] = "arrays"
@@ -86,12 +91,12 @@ class ArraysConfig(SplitConfig, _Augmented, _Corrupted):
 
     @model_validator(mode="after")
     def _moves_images_only(self) -> ArraysConfig:
-        if (self.shift or self.flip) and not self.pixels:
-            raise ValueError("shift and flip are for images: they go with `pixels = true`")
+        if (self.shift or self.flip or self.rand_augment) and not self.pixels:
+            raise ValueError("shift, flip and rand_augment are for images: they go with `pixels = true`")
         return self
 
 
-class ImagesConfig(SplitConfig, _Augmented, _Corrupted):
+class ImagesConfig(SplitConfig, Augmented, _Corrupted):
     """A folder of images with one subfolder for each class, which is named like it."""
 
     kind: Literal["images"] = "images"
@@ -102,7 +107,7 @@ class ImagesConfig(SplitConfig, _Augmented, _Corrupted):
     max_pixels: int = Field(16_000_000, ge=1, description="of one file; one that is larger is refused before it is decoded")
 
 
-class PublishedConfig(_Augmented, _Corrupted):
+class PublishedConfig(Augmented, _Corrupted):
     """MNIST, CIFAR-10 or CIFAR-100 from the files that their authors publish. The test split is theirs."""
 
     kind: Literal["mnist", "cifar10", "cifar100"]

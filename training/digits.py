@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from family.manifest import ImageInput, Normalisation
 from training.augmentation import augmentation, shift_images
-from training.data_config import DigitsConfig
+from training.data_config import Augmented, DigitsConfig
 from training.dataset import Dataset, DataSpec, Split
 from training.splits import Splits
 
@@ -51,4 +51,5 @@ def load_digits(shift: int) -> Dataset:
         splits[name] = Split(images, torch.from_numpy(classes[rows].astype(np.int64)))
     spec = DIGITS.model_copy(update={"description": f"digits, shift {shift}"})
     four = Splits(*(splits[name] for name in Splits._fields))
-    return Dataset(*four, spec=spec, source=DigitsConfig(shift=shift), augment=augmentation(shift, flip=False))
+    augment = augmentation(Augmented(shift=shift), spec.image)
+    return Dataset(*four, spec=spec, source=DigitsConfig(shift=shift), augment=augment)

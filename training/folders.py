@@ -41,7 +41,7 @@ def load_images(config: ImagesConfig) -> Dataset:
         normalisation=measure_normalisation(splits.train.x, by_first_axis=image.channels == 3),
         image=image,
     )
-    return Dataset(*splits, spec=spec, source=config, augment=augmentation(config.shift, flip=config.flip))
+    return Dataset(*splits, spec=spec, source=config, augment=augmentation(config, image))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -79,12 +79,13 @@ def load_published(config: PublishedConfig) -> Dataset:
     splits = {name: _split(train.pixels[rows], train.classes[rows]) for name, rows in drawn.items()}
     shape = tuple(train.pixels.shape[1:])
     colour = len(shape) == 3
+    image = ImageInput(height=shape[-2], width=shape[-1], channels=3 if colour else 1)
     spec = DataSpec(
         description=publication.title,
         input_shape=shape,
         labels=labels,
         normalisation=measure_normalisation(splits["train"].x, by_first_axis=colour),
-        image=ImageInput(height=shape[-2], width=shape[-1], channels=3 if colour else 1),
+        image=image,
     )
     return Dataset(
         train=splits["train"],
@@ -93,7 +94,7 @@ def load_published(config: PublishedConfig) -> Dataset:
         test=_split(*test),
         spec=spec,
         source=config,
-        augment=augmentation(config.shift, flip=config.flip),
+        augment=augmentation(config, image),
     )
 
 

@@ -28,7 +28,7 @@ def test_mnist_is_read_from_its_idx_files(publish: Path) -> None:
 
 
 def test_cifar_10_is_read_from_its_binary_archive(publish: Path) -> None:
-    data = load_data(PublishedConfig(kind="cifar10", folder=publish, shift=4, flip=True))
+    data = load_data(PublishedConfig(kind="cifar10", folder=publish, shift=4, flip=True, rand_augment=9))
     assert data.spec.labels == tuple(NAMES)
     assert len(data.train) == 80
     labels, pixels = TEN[5]

@@ -16,10 +16,11 @@ from pydantic import ValidationError
 
 from family.manifest import ImageInput
 from training.arrays import load_arrays
-from training.augmentation import augmentation, mirror_images, shift_images
+from training.augmentation import RandAugment, augmentation, mirror_images, shift_images
 from training.checkpoint import save_spec
+from training.config import ConfigError
 from training.corruption import corrupt
-from training.data_config import ArraysConfig, DigitsConfig, ImagesConfig, TableConfig
+from training.data_config import ArraysConfig, Augmented, DigitsConfig, ImagesConfig, TableConfig
 from training.dataset import DataError, Dataset
 from training.folders import load_images
 from training.sources import load_data, load_data_of
@@ -286,4 +287,32 @@ def test_half_of_the_images_are_mirrored(shape: tuple[int, ...]) -> None:
     mirrored = torch.tensor([torch.equal(a, b.flip(-1)) for a, b in zip(result, images, strict=True)])
     assert 150 < mirrored.sum() < 250
     assert torch.equal(result[~mirrored], images[~mirrored])
-    assert torch.equal(augmentation(0, flip=False)(images, np.random.default_rng(0)), images)
+    assert torch.equal(augmentation(Augmented(), None)(images, np.random.default_rng(0)), images)
+
+
+def test_rand_augment_distorts_each_image_in_its_own_way() -> None:
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
+    images = image.expand(64, 3, 16, 16).clone()
+    before = torch.random.get_rng_state()
+    augment = augmentation(Augmented(rand_augment=9), ImageInput(height=16, width=16, channels=3))
+    result = augment(images, np.random.default_rng(0))
+    assert result.shape == images.shape
+    assert result.dtype == torch.float32
+    assert result.min() >= 0
+    assert result.max() <= 1
+    assert len(torch.unique(result.flatten(1), dim=0)) > 40  # fifteen operations, two at a time, with signs
+    assert torch.equal(images, image.expand(64, 3, 16, 16)), "the data themselves are not changed"
+    assert torch.equal(result, augment(images, np.random.default_rng(0)))
+    assert not torch.equal(result, augment(images, np.random.default_rng(1)))
+    assert torch.equal(torch.random.get_rng_state(), before), "a run's own generator goes on as without"
+
+
+def test_rand_augment_is_for_colours() -> None:
+    with pytest.raises(ConfigError, match="3 channels, got grey"):
+        augmentation(Augmented(rand_augment=9), ImageInput(height=16, width=16))
+
+
+def test_rand_augment_says_which_package_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kornia.augmentation.auto", None)
+    with pytest.raises(ConfigError, match=r"hbll-anytime\[augment\]"):
+        RandAugment(9)

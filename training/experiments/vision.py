@@ -15,9 +15,10 @@ from training.experiments.source import describe, images
 from training.methods import METHODS
 
 EPOCHS = {"smoke": 1, "small": 10, "paper": 500}
+_AS_PUBLISHED = {"shift": 4, "flip": True, "rand_augment": 9}
 _GUESSES = (
-    "Guessed: the width and heads of the ViT and its patches; warm-up of 100 steps and a cosine to zero. HBLL is "
-    "`hbll-paper`: latent losses summed over features, c = 1/4. RandAugment, which the paper uses, is not among ours."
+    "Guessed: the width and heads of the ViT and its patches; warm-up of 100 steps and a cosine to zero; RandAugment's two "
+    "operations and magnitude of 9, at scale paper. HBLL is `hbll-paper`: latent losses summed over features, c = 1/4."
 )
 
 
@@ -41,7 +42,7 @@ def _data(scale: Scale, data: DataConfig) -> str:
     moved = (
         f", moved by up to {data.shift} pixels" if isinstance(data, DigitsConfig | PublishedConfig) and data.shift else ""
     )
-    mirrored = " and mirrored" if isinstance(data, PublishedConfig) else ""
+    mirrored = ", mirrored, and distorted by RandAugment" if isinstance(data, PublishedConfig) else ""
     return (
         f"{describe(data)}{moved}{mirrored}; ViT of width {model.width}, "
         f"patches of {model.patch} x {model.patch}, {EPOCHS[scale]} epoch(s), batch {config.train.batch}, "
@@ -93,13 +94,13 @@ def _by_depth(
 
 def table7(scale: Scale, folder: Path | None) -> Experiment:
     """CIFAR-10; below scale paper the digits."""
-    data = images("table7", scale, folder, DigitsConfig(shift=2), shift=4, flip=True)
+    data = images("table7", scale, folder, DigitsConfig(shift=2), **_AS_PUBLISHED)
     return _by_depth("table7", scale, data, 1, 0.005, published.TABLE7, "a ViT family by depth (the paper: CIFAR-10)")
 
 
 def table8(scale: Scale, folder: Path | None) -> Experiment:
     """Top 5 of CIFAR-100's classes; below scale paper the top 2 of ten digits."""
-    data = images("table8", scale, folder, DigitsConfig(shift=2), shift=4, flip=True)
+    data = images("table8", scale, folder, DigitsConfig(shift=2), **_AS_PUBLISHED)
     top = 5 if scale == "paper" else 2
     title = "a ViT family by depth (the paper: top 5 of CIFAR-100)"
     return _by_depth("table8", scale, data, top, 0.002, published.TABLE8, title)
@@ -113,7 +114,7 @@ def table3(scale: Scale, folder: Path | None) -> Experiment:
 
     def data(missing: float, label_noise: float) -> DataConfig:
         digits = DigitsConfig(shift=0, missing=missing, label_noise=label_noise)
-        return images("table3", scale, folder, digits, shift=4, flip=True, missing=missing, label_noise=label_noise)
+        return images("table3", scale, folder, digits, **_AS_PUBLISHED, missing=missing, label_noise=label_noise)
 
     corruptions = {"clean": (0.0, 0.0), "M50": (0.5, 0.0)} if scale == "smoke" else published.CORRUPTIONS
     trials = tuple(
