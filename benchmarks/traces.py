@@ -7,17 +7,12 @@ arrivals per second. What the requests hold, and who answers them, is decided el
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 Arrivals = NDArray[np.float64]
-
-_AZURE_COLUMNS = ("HashOwner", "HashApp", "HashFunction", "Trigger")
-_MINUTES = 1440
 
 _DAY_SLOTS = 1440
 """Slots of constant rate in a synthetic day, as there are minutes in a day."""
@@ -82,46 +77,6 @@ def synthetic_day(rate: float, duration_s: float, seed: int) -> Arrivals:
         height = min(0.5 * (1 + rng.pareto(1.5)), 20.0)
         level[start:] += height * np.exp(-(minutes[start:] - start) / 3)
     return _by_slot(level, rate, duration_s, rng)
-
-
-def azure_functions(file: Path, rate: float, duration_s: float, seed: int) -> Arrivals:
-    """A day of the Azure Functions trace of 2019, scaled to the mean rate `rate` and squeezed into `duration_s`.
-
-    `file` is one of the public `invocations_per_function_md.anon.dNN.csv`: a row per function, invocations per minute in
-    the columns 1 to 1440 (https://github.com/Azure/AzurePublicDataset, Shahrad et al. 2020). The functions are summed;
-    within each minute arrivals are Poisson, because the trace does not say more.
-
-    Raises:
-        ValueError: it is not such a file, or holds no invocations; the message names the line.
-    """
-    _require_positive(rate=rate, duration_s=duration_s)
-    return _by_slot(_invocations(file), rate, duration_s, np.random.default_rng(seed))
-
-
-def _invocations(file: Path) -> Arrivals:
-    """Invocations of all functions in each minute of the day, `(1440,) float64`."""
-    totals = np.zeros(_MINUTES)
-    expected = [*_AZURE_COLUMNS, *map(str, range(1, _MINUTES + 1))]
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = csv.reader(lines)
-        try:
-            if next(rows, None) != expected:
-                raise ValueError(f"{file}: expected the columns {', '.join(_AZURE_COLUMNS)}, 1, ..., {_MINUTES}")
-            for row in rows:
-                if len(row) != len(expected):
-                    raise ValueError(f"{file}, line {rows.line_num}: expected {len(expected)} columns, got {len(row)}")
-                try:
-                    counts = np.array(row[len(_AZURE_COLUMNS) :], dtype=np.float64)
-                except ValueError as exc:
-                    raise ValueError(f"{file}, line {rows.line_num}: a count of invocations is not a number") from exc
-                if not (np.isfinite(counts) & (counts >= 0)).all():
-                    raise ValueError(f"{file}, line {rows.line_num}: a count of invocations is negative or not finite")
-                totals += counts
-        except (UnicodeDecodeError, csv.Error) as exc:
-            raise ValueError(f"{file} is not a CSV file in UTF-8") from exc
-    if not totals.any():
-        raise ValueError(f"{file} holds no invocations")
-    return totals
 
 
 def _by_slot(level: Arrivals, rate: float, duration_s: float, rng: np.random.Generator) -> Arrivals:

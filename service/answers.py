@@ -1,20 +1,15 @@
-"""What an engine answers, and what the routes need of one: between `service.engine` and HTTP, so that either can change."""
+"""What the engine answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from family.tree import Path
-from service.drift import DriftWatch
-from service.policy.state import Step
-from service.policy.wish import StoppedBy, Wish
-from service.repository import ServedModel
-from service.runtime import Rows
+from service.policy.wish import StoppedBy
 from service.tracing import Timed
 
 
@@ -48,58 +43,3 @@ class Answer:
     answered_s: float
     decided_s: float
     spans: tuple[Timed, ...] = ()
-
-
-class Engine(Protocol):
-    """What the routes need of an engine."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether it takes requests."""
-        ...
-
-    @property
-    def stopping(self) -> bool:
-        """Whether it was told to stop."""
-        ...
-
-    async def start(self, models: Sequence[ServedModel]) -> None:
-        """Warm up the models, then take requests."""
-        ...
-
-    async def stop(self) -> None:
-        """Take no more requests and end."""
-        ...
-
-    def require_room(self, rows: int) -> None:
-        """Raise what `submit` would raise for that many rows now."""
-        ...
-
-    def add(self, model: ServedModel) -> None:
-        """Serve one more model, which is warm."""
-        ...
-
-    def retire(self, model: ServedModel) -> None:
-        """Forget a model once the last of its rows has been answered; there are no more audits of it."""
-        ...
-
-    def drift(self, model: ServedModel) -> DriftWatch | None:
-        """The alarms of a model; none while it is not warm."""
-        ...
-
-    def foresee(self, model: ServedModel, wish: Wish, rows: int) -> tuple[Step, ...]:
-        """The answers that such a request could expect now."""
-        ...
-
-    async def submit(
-        self,
-        model: ServedModel,
-        x: Rows,
-        wish: Wish,
-        arrived_s: float,
-        on_answer: OnAnswer | None = None,
-        *,
-        on_loop: bool = True,
-    ) -> Answer:
-        """See `service.engine.Engine.submit`."""
-        ...

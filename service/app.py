@@ -68,10 +68,10 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     repository = repository or open_repository(settings)
     metrics = Metrics()
     tracer = open_tracer()
-    gate, calls = Gate(), CallGate()
+    gate, call_gate = Gate(), CallGate()
 
     def unread() -> int:
-        return gate.waiting() + calls.waiting()
+        return gate.waiting() + call_gate.waiting()
 
     metrics.unread_requests.set_function(unread)
     engine = Engine(
@@ -83,7 +83,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         trace=tracer is not None,
     )
 
-    context = Context(settings, repository, engine, metrics, tracer, keys, calls)
+    context = Context(settings, repository, engine, metrics, tracer, keys, call_gate)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from service.answers import Engine
+from service.engine import Engine
 from service.keys import Keys
 from service.metrics import Metrics
 from service.oip.rpc.gate import CallGate
@@ -17,28 +18,19 @@ from service.settings import Settings
 from service.tracing import Tracer
 
 
+@dataclass(slots=True)
 class Context:
-    """What the app hands to its routes."""
+    """What the app hands to its routes. `loading`: versions come and go one at a time."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        repository: Repository,
-        engine: Engine,
-        metrics: Metrics,
-        tracer: Tracer | None = None,
-        keys: Keys | None = None,
-        calls: CallGate | None = None,
-    ) -> None:
-        self.settings = settings
-        self.repository = repository
-        self.engine = engine
-        self.metrics = metrics
-        self.tracer = tracer
-        self.keys = keys
-        self.calls = calls or CallGate()
-        self.loading = asyncio.Lock()  # versions come and go one at a time
-        self.warm = False
+    settings: Settings
+    repository: Repository
+    engine: Engine
+    metrics: Metrics
+    tracer: Tracer | None
+    keys: Keys | None
+    call_gate: CallGate
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    warm: bool = False
 
     @property
     def ready(self) -> bool:

@@ -1,7 +1,6 @@
 """Admits requests, has their rows answered, and delivers the answers: what of serving happens on the event loop.
 
-What runs when is decided in `service.policy`, which `service.dispatch` asks; models run in the thread of `service.worker`;
-routes see the protocol in `service.answers`.
+What runs when is decided in `service.policy`, which `service.dispatch` asks; models run in the thread of `service.worker`.
 """
 
 from __future__ import annotations

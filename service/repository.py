@@ -17,9 +17,9 @@ from family.manifest import MANIFEST_FILE, WEIGHTS_FILE, BundleError, Manifest, 
 from family.tree import Path
 from service.errors import UnknownModel, UnknownVersion
 from service.memory import grown_bytes, resident_bytes
-from service.policy import make_policy
+from service.policy import parse_policy
 from service.policy.state import Offer
-from service.profile import LatencyProfile, Parts, Segment, measure_parts, warm_up_profile
+from service.profile import LatencyProfile, Segment, measure_parts, warm_up_profile
 from service.profile_cache import Circumstances, ProfileCache, processor_name
 from service.runtime import Output, Rows, Runtime
 from service.settings import ModelSettings, Settings
@@ -79,9 +79,8 @@ class ServedModel:
                 f"model {self.name}: expected min_depth to be at most {deepest}, the deepest offered path, "
                 f"got {self.settings.min_depth}"
             )
-        nothing = Parts(batches=(1,), call=(0,), embed=(0,), head=(0,), nodes=dict.fromkeys(self.manifest.tree.nodes, (0,)))
         try:  # now rather than when it is warm
-            make_policy(self.settings.policy, self.offer(LatencyProfile(nothing), 0))
+            parse_policy(self.settings.policy, self.accuracies)
         except ValueError as exc:
             raise BundleError(f"model {self.name}: policy {exc}") from exc
 

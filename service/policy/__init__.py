@@ -6,7 +6,7 @@ ones that it is measured against, `scheduler` several models on one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from family.tree import Path, format_path
 from service.policy.baselines import Aimd, Cheapest, Clockwork, MaxAccuracy, MaxBatch, SlackFit, Static
@@ -42,18 +42,28 @@ def check_policy_name(name: str) -> None:
         raise ValueError(f"expected a policy of {', '.join(policy_names())}, got {name!r}")
 
 
+def parse_policy(name: str, paths: Iterable[Path]) -> tuple[str, Path | None]:
+    """The kind of a policy, and the path that it names, if it is one of `paths`.
+
+    Raises:
+        ValueError: there is no such policy, or no such path; the message lists what there is.
+    """
+    check_policy_name(name)
+    if name in _PLAIN:
+        return name, None
+    kind, _, rest = name.partition("(")
+    named = {format_path(path): path for path in paths}
+    path = named.get(rest[:-1])
+    if path is None:
+        raise ValueError(f"{name}: the model offers the paths {', '.join(named)}")
+    return kind, path
+
+
 def make_policy(name: str, offer: Offer) -> Policy:
     """The policy of this name, `ladder-edf` or `static(4-6)`, for one model.
 
     Raises:
-        ValueError: there is none, or the model does not offer the path; the message lists what there is.
+        ValueError: see `parse_policy`.
     """
-    check_policy_name(name)
-    if name in _PLAIN:
-        return _PLAIN[name](offer)
-    kind, _, rest = name.partition("(")
-    paths = {format_path(path): path for path in offer.accuracies}
-    path = paths.get(rest[:-1])
-    if path is None:
-        raise ValueError(f"{name}: the model offers the paths {', '.join(paths)}")
-    return _OF_A_PATH[kind](offer, path)
+    kind, path = parse_policy(name, offer.accuracies)
+    return _PLAIN[kind](offer) if path is None else _OF_A_PATH[kind](offer, path)

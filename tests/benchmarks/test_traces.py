@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.traces import Arrivals, azure_functions, bursts, poisson, ramp, synthetic_day
+from benchmarks.traces import Arrivals, bursts, poisson, ramp, synthetic_day
 
 Trace = Callable[[float, float, int], Arrivals]
 TRACES: dict[str, Trace] = {
@@ -74,68 +72,6 @@ def test_a_synthetic_day_has_a_night_flash_crowds_and_bursts() -> None:
     assert np.median(counts.max(axis=1)) > 3 * counts.mean()
     # Poisson counts would have a dispersion of 1.
     assert (counts.var(axis=1) / counts.mean(axis=1) > 10).all()
-
-
-def write_azure(file: Path, rows: list[list[object]], minutes: int = 1440) -> Path:
-    with file.open("w", newline="") as lines:
-        writer = csv.writer(lines)
-        writer.writerow(["HashOwner", "HashApp", "HashFunction", "Trigger", *range(1, minutes + 1)])
-        writer.writerows(rows)
-    return file
-
-
-@pytest.fixture
-def azure_day(tmp_path: Path) -> Path:
-    """Two functions: one a minute without rest, and one that runs in the second half of the day, three a minute."""
-    steady = ["o1", "a1", "f1", "timer", *[1] * 1440]
-    late = ["o2", "a2", "f2", "http", *[0] * 720, *[3] * 720]
-    return write_azure(tmp_path / "day.csv", [steady, late])
-
-
-def test_azure_functions_are_summed_scaled_and_squeezed(azure_day: Path) -> None:
-    times = azure_functions(azure_day, rate=1000.0, duration_s=100.0, seed=1)
-    assert (np.diff(times) >= 0).all()
-    assert ((times >= 0) & (times < 100.0)).all()
-    assert len(times) == pytest.approx(100_000, abs=4 * 100_000**0.5)
-    first, second = (times < 50.0).sum(), (times >= 50.0).sum()
-    assert second / first == pytest.approx(4.0, rel=0.05)
-    assert np.array_equal(times, azure_functions(azure_day, rate=1000.0, duration_s=100.0, seed=1))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "expected the columns HashOwner, HashApp, HashFunction, Trigger, 1, ..., 1440"),
-        ("a,b\n1,2\n", "expected the columns HashOwner"),
-        (b"\xff\xfe\x00", "is not a CSV file in UTF-8"),
-    ],
-)
-def test_another_file_is_refused(tmp_path: Path, content: str | bytes, message: str) -> None:
-    file = tmp_path / "other.csv"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message) as caught:
-        azure_functions(file, 1.0, 1.0, 0)
-    assert "other.csv" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (["o", "a", "f", "http", *[1] * 1439], "line 2: expected 1444 columns, got 1443"),
-        (["o", "a", "f", "http", *[1] * 1439, "many"], "line 2: a count of invocations is not a number"),
-        (["o", "a", "f", "http", *[1] * 1439, -1], "line 2: a count of invocations is negative or not finite"),
-        (["o", "a", "f", "http", *[0] * 1440], "holds no invocations"),
-    ],
-)
-def test_a_damaged_azure_file_is_refused_by_line(tmp_path: Path, row: list[object], message: str) -> None:
-    file = write_azure(tmp_path / "day.csv", [row])
-    with pytest.raises(ValueError, match=message):
-        azure_functions(file, 1.0, 1.0, 0)
-
-
-def test_a_file_of_fewer_minutes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected the columns"):
-        azure_functions(write_azure(tmp_path / "day.csv", [], minutes=60), 1.0, 1.0, 0)
 
 
 @settings(max_examples=30)

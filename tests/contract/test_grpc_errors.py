@@ -325,7 +325,7 @@ def test_a_refusal_is_a_status_and_nothing_before_it(channel: grpc.Channel) -> N
 
 
 def test_in_a_crowd_who_is_late_is_refused_unread(channel: grpc.Channel, client: Client) -> None:
-    calls = client.app.state.context.calls
+    calls = client.app.state.context.call_gate
     message = good()
     message.parameters["latency_budget_ms"].double_param = 0.001
     for _ in range(AT_ONCE):
@@ -341,7 +341,7 @@ def test_in_a_crowd_who_is_late_is_refused_unread(channel: grpc.Channel, client:
 
 
 def test_however_long_a_call_waited_unseen_its_client_waits_as_long_as_it_said() -> None:
-    crowd = SimpleNamespace(calls=SimpleNamespace(came_s=lambda now_s: now_s - 5))
+    crowd = SimpleNamespace(call_gate=SimpleNamespace(came_s=lambda now_s: now_s - 5))
     for left_s, patience_s in ((1.0, 6.0), (None, None)):
         call = SimpleNamespace(invocation_metadata=tuple, time_remaining=lambda left_s=left_s: left_s)
         assert Arrival.now(crowd, INFER, call).patience_s == pytest.approx(patience_s)

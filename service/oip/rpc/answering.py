@@ -43,7 +43,7 @@ class Arrival:
             for name, value in call.invocation_metadata() or ()
         ]
         now_s, left_s = time.monotonic(), call.time_remaining()
-        arrived_s = ctx.calls.came_s(now_s)
+        arrived_s = ctx.call_gate.came_s(now_s)
         return cls(method, arrived_s, None if left_s is None else left_s + now_s - arrived_s, metadata)
 
     def budget_s(self, request: pb.ModelInferRequest) -> float | None:
@@ -79,7 +79,7 @@ async def answer(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival) 
         response = write_response(inference, request.id, parameters, found.rows)
         if call.budget_ms is not None:
             now_s, deeper_s = time.monotonic(), found.decided_s - found.answered_s
-            ctx.calls.pace.answered(call.budget_ms / 1000, now_s - begun_s - deeper_s, now_s)
+            ctx.call_gate.pace.answered(call.budget_ms / 1000, now_s - begun_s - deeper_s, now_s)
         return response
 
 
@@ -122,14 +122,14 @@ async def answer_rungs(
 async def _passed(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival) -> AsyncGenerator[None]:
     """Through the gate, where a crowd waits."""
     try:
-        await ctx.calls.enter(arrival.arrived_s, lambda: arrival.budget_s(request))
+        await ctx.call_gate.enter(arrival.arrived_s, lambda: arrival.budget_s(request))
     except asyncio.CancelledError:
         ctx.metrics.refusals.labels(ClientGone.code).inc()
         raise
     try:
         yield
     finally:
-        ctx.calls.leave()
+        ctx.call_gate.leave()
 
 
 def _open(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival, *, climb: bool = False) -> Inference:

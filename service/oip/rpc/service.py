@@ -170,9 +170,7 @@ class Service:
         response: Message = health_pb2.HealthCheckResponse(status="SERVING" if self._ctx.ready else "NOT_SERVING")
         return response
 
-    def _served(
-        self, request: pb.ModelReadyRequest | pb.ModelMetadataRequest | pb.ModelConfigRequest | pb.ModelStatisticsRequest
-    ) -> ServedModel:
+    def _served(self, request: _OfModel) -> ServedModel:
         return self._ctx.repository.get(request.name, request.version or None)
 
 
