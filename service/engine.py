@@ -232,7 +232,7 @@ class Engine:
             return await done
         except asyncio.CancelledError:
             for waits in ticket.rows:
-                if waits.audited and ticket.answers[waits.index] is None and done.cancelled():
+                if waits.audited and ticket.answers[waits.index] is None and done.cancelled() and self._audits_of(model):
                     self._audits.cut_short(waits)  # whoever leaves may do so because it takes long
                     self._happened.set()
             self._delivery.leave(ticket)
@@ -280,8 +280,12 @@ class Engine:
             else:
                 await self._wait(self._dispatch.wake_s())
             return
+        assert self._worker is not None
+        # Begun before answers are built, so that the thread need not wait for that.
+        running = None if self._is_short(run) else self._worker.run(partial(self._dispatch.infer, run))
+        self._deliver(turn)
         try:
-            output, ran_s = await self._infer(run, turn)
+            output, ran_s = await self._infer(run, running)
         except Exception:
             logger.exception(_RUN_FAILED, len(run.rows), run.model.name)
             self._failed(run)
@@ -331,21 +335,17 @@ class Engine:
             self.metrics.of(self.metrics.block_rows, *labels).inc(len(turn.run.rows) * len(turn.run.batch.segment.nodes))
         return turn
 
-    async def _infer(self, run: Run, turn: Turn) -> tuple[Output, float]:
-        """Run a batch, and deliver meanwhile what was decided with it."""
-        if self._is_short(run):
-            self._deliver(turn)
+    async def _infer(self, run: Run, running: asyncio.Future[tuple[Output, float]] | None) -> tuple[Output, float]:
+        """What a run brings that the inference thread has begun with; or one for the loop."""
+        if running is None:
             await asyncio.sleep(0)  # between two such runs the loop reads who came
             return self._dispatch.infer(run)
-        assert self._worker is not None
-        infer = partial(self._dispatch.infer, run)
-        running = self._worker.run(infer)  # before answers are built, so that the thread need not wait for that
-        self._deliver(turn)
         try:
             return await running
         except WorkerDied:  # perhaps not of this batch: once more
             self._well = False
-            return await self._worker.run(infer)
+            assert self._worker is not None
+            return await self._worker.run(partial(self._dispatch.infer, run))
 
     def _finish(self, run: Run, output: Output, ran_s: float) -> None:
         self._ended = self._dispatch.finish(run, output, ran_s)
@@ -376,6 +376,8 @@ class Engine:
         while True:
             await asyncio.sleep(self.hung_s / 4)
             run = self._dispatch.running
+            if run is None:
+                told = None  # which has a model that may be forgotten
             if run is None or run is told or not self._hangs():
                 continue
             told = run
@@ -413,9 +415,13 @@ class Engine:
         self._forget_retired()
 
     def _on_final(self, row: TicketRow, stopped_by: StoppedBy) -> None:
-        if (row.audited or row.audit is not None) and row.model not in self._retiring:
+        if (row.audited or row.audit is not None) and self._audits_of(row.model):
             self._audits.answered(row, stopped_by, self._drift[row.model])
             self._happened.set()
+
+    def _audits_of(self, model: ServedModel) -> bool:
+        """Whether a model is audited still: not once it is retired."""
+        return model in self._drift and model not in self._retiring
 
     def _begin_audit(self) -> None:
         """Hand the oldest audit to its policy: nobody else needs the device, or it has waited long enough."""

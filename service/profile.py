@@ -2,9 +2,10 @@
 
 A run is a call, perhaps the embedding, some blocks, and the head: these parts are timed (medians, at several batch
 sizes) and added up. What the inference thread really takes is told in relation to that sum, by the 0.95 quantile of the
-ratios of the latest runs of about the same batch size. What a run waits for beside, until the thread begins and until the
-event loop hears of its end, does not depend on the run and is added: the 0.95 quantile of the latest runs, too. So a
-processor that somebody else wants as well shows after a few runs, and is forgotten as fast.
+ratios of the latest runs of about the same batch size; a size that has not been run for some time learns of the others'
+ratios, as nobody would run a batch again that was once found slow. What a run waits for beside, until the thread begins
+and until the event loop hears of its end, does not depend on the run and is added: the 0.95 quantile of the latest
+runs, too. So a processor that somebody else wants as well shows after a few runs, and is forgotten as fast.
 
 What sending an answer takes is kept back from every budget, the 0.99 quantile. A request waits for a busy event loop as a
 run's end does, but nobody can tell for how long: when it is read, it begins to exist. So the 0.99 quantile of these waits
@@ -114,10 +115,17 @@ class LatencyProfile:
         """Learn that a run took the inference thread so long and, if that is known, what it waited beside."""
         expected_s = self.typical_s(segment, rows)
         if expected_s > 0:
-            self._window(rows).add(took_s / expected_s)
+            self._learn(rows, took_s / expected_s)
         if waited_s is not None:
             self._waits.add(waited_s)
             self._lags.add(waited_s)
+
+    def _learn(self, rows: int, ratio: float) -> None:
+        of_size = self._window(rows)
+        for window in self._ratios:
+            window.runs_without = 0 if window is of_size else window.runs_without + 1
+            if window is of_size or window.runs_without > _WINDOW:
+                window.add(ratio)
 
     @property
     def lag_s(self) -> float:
@@ -166,12 +174,14 @@ class LatencyProfile:
 
 
 class _Window:
-    """The latest values, a quantile of them and their median; before there are any, what it began with."""
+    """The latest values, a quantile of them and their median; before there are any, what it began with. `runs_without`: how
+    many runs there were since the latest that it is about."""
 
     def __init__(self, share: float, size: int = _WINDOW, quantile: float = 1.0) -> None:
         self._share = share
         self._size = size
         self._initial = quantile
+        self.runs_without = 0
         self._latest: deque[float] = deque()
         self._sorted: list[float] = []
         self.quantile = self.median = quantile

@@ -118,4 +118,7 @@ def _tell(context: Context, name: str, failed: dict[int, Exception]) -> None:
         if before.get(version) != reason:
             logger.error("version %d of %s is not served: %s", version, name, reason)
             context.metrics.reloads.labels(name, "false").inc()
-    context.repository.refused[name] = reasons
+    if reasons:
+        context.repository.refused[name] = reasons
+    else:
+        context.repository.refused.pop(name, None)

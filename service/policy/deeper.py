@@ -51,6 +51,10 @@ class DeeperWork:
         if row.wish.exit_at is None:
             self._may_let_go = True
 
+    def idle(self) -> None:
+        """Nobody waits."""
+        self._until.clear()
+
     def wake_s(self) -> float:
         """From when on it is too late for some row; infinity for never."""
         first = self._until.first()

@@ -33,6 +33,10 @@ class FirstAnswers:
         if row.wish.deadline_s is not None:
             self._due.add((row.deadline_s, row.order), row)
 
+    def idle(self) -> None:
+        """Nobody waits."""
+        self._due.clear()
+
     def ahead_s(self, row: Row, rows: int) -> float:
         """How long all takes that goes before so many rows like `row`, and these."""
         latency_s, own, work_s = self._offer.profile.latency_s, row.rest, 0.0

@@ -115,6 +115,8 @@ class LadderEdf:
         if chosen is None:
             if not self.waiting():
                 self._price.idle(now_s)
+                self._first.idle()
+                self._deeper.idle()
             return decision
         decision.batch = Batch.of(*chosen, self._offer)
         # Who could not go deeper after this run need not wait for its end.
@@ -165,9 +167,9 @@ class LadderEdf:
         if batches and (deeper is None or deeper.rate <= self._first.rate()):
             return self._first_answers(now_s, limit_s, batches, crowded)
         if deeper is not None:
-            return self._join(deeper.take(), deeper.segment, now_s, deeper.limit_s, deeper.limit_s)
+            return self._join(deeper.take(), deeper.segment, now_s, deeper.limit_s, deeper.limit_s, crowded)
         if late := self._first.take_late(limit_s):
-            return self._join(*late, now_s, limit_s, spare_s)
+            return self._join(*late, now_s, limit_s, spare_s, crowded)
         return None
 
     def _first_answers(
@@ -179,7 +181,7 @@ class LadderEdf:
         if not crowded:
             path = straight(self._offer, self._price.per_second, rows, now_s, short_s, alone=not self.waiting())
         if path is None:
-            return self._join(rows, segment, now_s, limit_s, left_s)
+            return self._join(rows, segment, now_s, limit_s, left_s, crowded)
         for row in rows:
             row.target = path
         return rows, Segment(path, embed=True)
@@ -241,8 +243,9 @@ class LadderEdf:
         return max(share_s, self._offer.profile.latency_s(self._slowest, 1))
 
     def _join(
-        self, rows: list[Row], segment: Segment, now_s: float, limit_s: float, spare_s: float
+        self, rows: list[Row], segment: Segment, now_s: float, limit_s: float, spare_s: float, crowded: bool
     ) -> tuple[list[Row], Segment]:
-        """See `join`: with all rows that wait in order."""
-        queues = (*self._first.waiting.queues.items(), *self._deeper.waiting.queues.items())
+        """See `join`: with all rows that wait in order, in a crowd with none that have an answer."""
+        deeper = () if crowded else self._deeper.waiting.queues.items()
+        queues = (*self._first.waiting.queues.items(), *deeper)
         return join(rows, segment, queues, self._offer.profile, now_s + self._offer.reserve_s, limit_s, spare_s)

@@ -92,6 +92,11 @@ class Reminders:
             heapify(self._entries)
             self._most = max(_FEW, 2 * len(self._entries))
 
+    def clear(self) -> None:
+        """Nobody waits: hold on to none of those that left, and to their inputs."""
+        self._entries.clear()
+        self._most = _FEW
+
     def first(self) -> tuple[Key, Row] | None:
         """The least key of a row that still waits, and the row."""
         entries = self._entries

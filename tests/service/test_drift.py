@@ -306,3 +306,27 @@ def test_who_leaves_is_audited_all_the_same() -> None:
             assert await audited(b, 1) == (1, 1)
 
     run(test)
+
+
+def test_who_leaves_a_model_that_is_replaced_is_audited_no_more() -> None:
+    """Bug found: the audit came to a policy that was gone, and the requests of all models failed with it."""
+
+    async def test() -> None:
+        async with bench(levels=LEVELS, audit_rate=1) as b:
+            new = fake_model(runner=b.runner, version=2, levels=LEVELS, audit_rate=0)
+            await asyncio.to_thread(new.warm_up, 8, b.clock, lambda: False)
+            b.engine.add(new)
+            b.runner.go.clear()
+            b.runner.began.clear()
+            leaving = b.ask(0.1, **CERTIFIED)
+            await asyncio.to_thread(b.runner.began.wait, 30)
+            b.engine.retire(b.model)
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            assert not b.engine._audits
+            b.runner.go.set()
+            while b.engine.drift(b.model) is not None:
+                await asyncio.sleep(0)
+            assert (await b.engine.submit(new, rows(0.2), Wish(), b.clock())).rows
+
+    run(test)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 
 import numpy as np
@@ -12,6 +13,7 @@ from service.answers import Answer
 from service.errors import NotReady, QueueFull
 from service.policy.wish import Wish
 from service.profile import LatencyProfile
+from service.tickets import TicketRow
 from tests.fakes import fake_manifest, rows
 from tests.service.bench import Bench, bench, run
 
@@ -257,5 +259,17 @@ def test_a_traced_request_has_a_queue_and_its_segments_as_parts() -> None:
             assert sum(span.end_s - span.start_s for span in answer.spans[1:]) == pytest.approx(answer.compute_s)
         async with bench() as b:
             assert (await b.ask(0.1)).spans == ()
+
+    run(test)
+
+
+def test_an_idle_engine_holds_on_to_no_input() -> None:
+    """Bug found: rows stayed among the reminders of their deadlines until these had passed, and somebody came."""
+
+    async def test() -> None:
+        async with bench() as b:
+            await asyncio.gather(*(b.ask(0.1, budget_s=60.0) for _ in range(20)))
+            while [each for each in gc.get_objects() if type(each) is TicketRow and each.model is b.model]:
+                await asyncio.sleep(0)
 
     run(test)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 
 import pytest
 
 from service.answers import Answer
+from service.dispatch import Run
 from service.errors import InferenceFailed, NotReady
 from tests.service.bench import bench, run
 
@@ -136,6 +138,29 @@ def test_an_error_after_a_batch_loses_none_of_its_requests(caplog: pytest.LogCap
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_an_error_while_answers_are_sent_loses_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Bug found: it was taken for one of the batch that had just begun; whoever was to be answered waited for ever."""
+
+    async def test() -> None:
+        async with bench() as b:
+            asking: list[asyncio.Task[Answer]] = []
+
+            async def start() -> None:
+                asking.extend(b.ask(0.1, path=path) for path in [(4,)] * 3 + [(2, 4)] * 2)  # two runs
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("service.delivery.Delivery._answer", lambda *_: patch.undo() or 1 / 0)
+                with pytest.raises(InferenceFailed):
+                    await b.held(start)
+            results = await asyncio.gather(*asking, return_exceptions=True)
+            assert {type(result) for result in results} == {InferenceFailed}
+            assert (await b.ask(0.1)).rows
+            assert not b.engine._tickets
+
+    run(test)
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_an_error_while_stopping_does_not_keep_the_engine_from_its_end() -> None:
     async def test() -> None:
         async with bench() as b:
@@ -193,6 +218,22 @@ def test_a_run_that_hangs_makes_the_server_unready_until_it_ends(caplog: pytest.
             assert b.engine.ready
             assert (await b.ask(0.1, path=(4,))).rows
             assert b.metric("hbll_worker_hangs_total") == 1
+
+    run(test)
+
+
+def test_a_run_that_hung_keeps_nothing_of_its_model() -> None:
+    async def test() -> None:
+        async with bench(hung_s=0.01) as b:
+            b.runner.go.clear()
+            stuck = b.ask(0.1, path=(4,))
+            while not b.metric("hbll_worker_hangs_total"):
+                await asyncio.sleep(0.001)
+            b.runner.go.set()
+            await stuck
+            del stuck
+            while [each for each in gc.get_objects() if type(each) is Run and each.model is b.model]:
+                await asyncio.sleep(0.001)
 
     run(test)
 

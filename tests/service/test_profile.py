@@ -89,6 +89,23 @@ def test_a_slow_spell_shows_after_a_few_runs_and_is_forgotten() -> None:
     assert profile.ratio(1) == 1.0
 
 
+def test_a_size_that_is_not_run_any_more_learns_of_the_others() -> None:
+    """Bug found: after a short slow spell large batches were thought to be slow, so that nobody ran one, for ever."""
+    profile = LatencyProfile(PARTS)
+    for _ in range(50):
+        profile.observe(ONE, 4, 8 * profile.typical_s(ONE, 4))
+    for _ in range(50):
+        profile.observe(ONE, 1, profile.typical_s(ONE, 1))
+    assert profile.ratio(4) == 8.0, "they say nothing of each other while both are run now and then"
+    for _ in range(50):
+        profile.observe(ONE, 1, profile.typical_s(ONE, 1))
+    assert profile.ratio(4) == 1.0
+    profile.observe(ONE, 4, 2 * profile.typical_s(ONE, 4))
+    for _ in range(50):
+        profile.observe(ONE, 1, 5 * profile.typical_s(ONE, 1))
+    assert profile.ratio(4) == 1.0, "one run of its own, and it is as before"
+
+
 def test_a_single_outlier_among_many_runs_is_not_counted_on() -> None:
     profile = LatencyProfile(PARTS)
     for number in range(40):

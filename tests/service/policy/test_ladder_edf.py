@@ -253,6 +253,22 @@ def test_when_to_wake_is_after_now_and_then_something_happens() -> None:
     assert policy.wake_s() == math.inf
 
 
+def test_while_requests_wait_unread_nothing_that_starts_anew_for_a_deeper_answer_joins_a_first_one() -> None:
+    offer = make_offer(FAMILIES["restart"])
+    policy = LadderEdf(offer)
+    device = Device(policy, offer)
+    climber = Played(Wish(exit_at=1.0), 0.0, 0, come=Come(0.0, Wish()))
+    policy.arrive(climber, 0.0)
+    while climber.answered is None or not climber.rest.embed:
+        device._run(policy.decide(device.now_s).batch)  # type: ignore[arg-type]
+    newcomer = Played(Wish(path=climber.target), device.now_s, 1, come=Come(0.0, Wish()))
+    policy.arrive(newcomer, device.now_s)
+    assert newcomer.rest == climber.rest
+    batch = policy.decide(device.now_s, crowded=True).batch
+    assert batch is not None
+    assert batch.rows == [newcomer]
+
+
 def test_while_requests_wait_unread_first_answers_alone_are_run_each_to_the_shallowest_path() -> None:
     offer = make_offer()
     policy = LadderEdf(offer)
