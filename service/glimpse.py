@@ -43,7 +43,8 @@ def glimpsed_budget_ms(
 
 def _of_v1(query: bytes, headers: Headers, body: bytes | bytearray) -> float | None:
     """Of a raw body from the query; else of JSON whose one member of that name is found without parsing it."""
-    if is_read(dict(headers).get(b"content-type", b"").decode("latin-1"), (OCTETS,), unnamed=False):
+    content_type = next((value for name, value in headers if name == b"content-type"), b"")
+    if is_read(content_type.decode("latin-1"), (OCTETS,), unnamed=False):
         return with_headers(with_query(query), headers).latency_budget_ms
     if len(body) > _LONGEST_SOUGHT or body.count(_BUDGET) > 1 or b"\\u" in body:
         return None

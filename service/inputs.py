@@ -17,6 +17,10 @@ from family.pixels import IMAGE_FORMATS, pixels_of
 from service.errors import InvalidInput, MalformedInput
 from service.runtime import Rows
 
+_SCAN, _MOST_SCANS = b"\xff\xda", 100
+"""Marks a scan of a JPEG (ITU-T T.81, B.1.1.3). Progressive ones have about ten; each is a walk over all the image, so that
+thousands of them keep a processor busy for minutes."""
+
 
 class Decoder:
     """Decodes the rows of one request; its images share one allowance of pixels.
@@ -91,6 +95,8 @@ class Decoder:
                 self._pixels_left -= image.width * image.height
                 if self._pixels_left < 0:
                     raise InvalidInput(f"{too_many}, got {image.width} x {image.height} here")
+                if image.format == "JPEG" and data.count(_SCAN) > _MOST_SCANS:
+                    raise InvalidInput(f"{where}: expected a JPEG of at most {_MOST_SCANS} scans, got more")
                 return pixels_of(image, wanted)
         except UnidentifiedImageError as exc:
             got = f"{len(data)} bytes of something else"

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -159,8 +160,14 @@ async def require_operator(request: Request) -> None:
     """A dependency of the routes that change what the server does.
 
     Raises:
-        Forbidden: keys are needed here, and the request's is not an operator's.
+        Forbidden: keys are needed here, and the request's is not an operator's; or it is another site's page that asks, in
+            the browser of somebody who can reach the server. (Browsers say so: W3C Fetch Metadata, RFC 6454.)
     """
+    headers = request.headers
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    own = site in ("same-origin", "none") if site else not origin or urlsplit(origin).netloc == headers.get("host")
+    if not own:
+        raise Forbidden("expected this to be asked by no page of another site")
     key: Key | None = request.scope["state"].get("key")
     if key is not None:
         check_operator(key)

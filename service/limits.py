@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.encodings import Inflater
-from service.errors import BodyTooLarge, MalformedInput, RequestTimeout, ServiceError
+from service.errors import BodyTooLarge, ClientGone, MalformedInput, RequestTimeout, ServiceError
 from service.responses import error_response
 
 
@@ -50,7 +50,7 @@ class LimitBody:
                 detail = f"expected the whole body within {self._timeout_s:g} s, got {read} bytes"
                 raise HTTPException(408, detail, RequestTimeout.headers) from None
             if message["type"] != "http.request":
-                return message
+                raise HTTPException(ClientGone.status, "the client closed the connection before its request was whole")
             whole = not message.get("more_body", False)
             body: bytes = message.get("body", b"")
             read += len(body)

@@ -1,6 +1,8 @@
 """What stands between the socket and the app: uvicorn, set up as the settings say, and its connections, bounded.
 
-uvicorn's parser bounds neither a request's headers nor how long they take, and answers what it cannot parse in plain text.
+uvicorn's parser bounds neither a request's headers and trailers nor how long they take, skips the body of who offers
+another protocol and takes it for the next request, and answers what it cannot parse in plain text. Nor does uvicorn end
+connections whose clients send a body that nobody waits for, or take no answer.
 Whether a request is to be refused is noted in its scope where that is possible: `service.access` answers it as all others.
 Before there is a scope the answer is made here, and counted and logged by `service.access` as well.
 """
@@ -16,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, ClassVar
 
+import httptools
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -35,6 +38,8 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 _HEADER = HEADER.lower().encode()
+
+_OFFERS = (b"upgrade", b"http2-settings")  # of another protocol: headers, and tokens of `connection`
 
 _ACCEPTED_AT_ONCE = 16  # connections
 
@@ -129,6 +134,7 @@ def bounded_connection(settings: Settings, counted: Metrics, passed: Gate) -> ty
         max_header_bytes = settings.max_header_bytes
         max_connections = settings.max_connections
         header_timeout_s = settings.header_timeout_s
+        body_timeout_s = settings.body_timeout_s
         metrics = counted
         log = settings.access_log
         gate = passed
@@ -137,12 +143,14 @@ def bounded_connection(settings: Settings, counted: Metrics, passed: Gate) -> ty
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """A connection of uvicorn whose requests' URL and headers are bounded, in length and in time, and so is the number of
-    connections. What is refused by the parser gets the error shape as well."""
+    """A connection of uvicorn whose requests' URL, headers and trailers are bounded, in length and in time, and so is the
+    number of connections. It stays HTTP/1.1, whatever is offered. What is refused by the parser gets the error shape, too.
+    """
 
     max_header_bytes: ClassVar[int]
     max_connections: ClassVar[int]
     header_timeout_s: ClassVar[float]
+    body_timeout_s: ClassVar[float]
     metrics: ClassVar[Metrics]
     log: ClassVar[bool]
     gate: ClassVar[Gate]
@@ -153,15 +161,19 @@ class BoundedConnection(HttpToolsProtocol):
         self._one_more = len(self.connections) > self.max_connections  # than may be, unless some have gone when it asks
         self._in_head = True
         self._unparsed_bytes = 0  # since the last request
+        self._beside_bytes = 0  # since its headers, or the latest of its body
+        self._declined = False  # whether what is parsed is to be read again
         self._began_s = 0.0  # when the first of them came
         self._begun: RequestResponseCycle | None = None  # the request that the app has, and since when
         self._begun_s = 0.0
         self._free_s = 0.0  # since when its client has the latest answer, and may ask again
-        self._late: asyncio.TimerHandle | None = self.loop.call_later(self.header_timeout_s, self._on_late)
+        self._late, self._unsent, self._untaken = _Alarm(), _Alarm(), _Alarm()  # headers, a body nobody reads, an answer
+        self._late.set(self.loop, self.header_timeout_s, self._on_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
-        self._stop_waiting()
+        for alarm in (self._late, self._unsent, self._untaken):
+            alarm.unset()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -169,18 +181,66 @@ class BoundedConnection(HttpToolsProtocol):
         if not self._unparsed_bytes:
             self._began_s = time.monotonic()
         self._unparsed_bytes += len(data)
-        super().data_received(data)
-        if not self._in_head or self.transport.is_closing():
+        self._beside_bytes += len(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(memoryview(data))
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
             return
-        if self._unparsed_bytes > self.max_header_bytes:
+        if self.transport.is_closing():
+            return
+        if not self._in_head:
+            if self._beside_bytes > self.max_header_bytes:
+                self._end_body()
+        elif self._unparsed_bytes > self.max_header_bytes:
             self._refuse(HeadersTooLarge(self._too_large))
-        elif self._unparsed_bytes and self._late is None:
-            self._late = self.loop.call_later(self.header_timeout_s, self._on_late)
+        elif self._unparsed_bytes:
+            self._late.set(self.loop, self.header_timeout_s, self._on_late)
+
+    def _parse(self, data: memoryview) -> None:
+        """Other protocols are declined, by reading a request again without the offer: httptools would skip its body. (RFC
+        9110, 7.8: a server may ignore an offer; Java's client makes one with every request.)"""
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as exc:
+                data = data[exc.args[0] :]
+                head = self._head_without_offer()
+                self._declined = False
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+                self.parser.feed_data(head)
+            else:
+                return
+
+    def _head_without_offer(self) -> bytes:
+        head = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b", ".join(token for token in value.split(b",") if token.strip().lower() not in _OFFERS)
+            if name not in _OFFERS:
+                head.append(b"%s: %s" % (name, value))
+        return b"\r\n".join([*head, b"", b""])
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """The parser's. Trailers are nobody's wishes: what checks headers has been passed by then."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """The parser's."""
+        self._beside_bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         """The parser's: the app is called from here."""
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._declined = True
+            return
         self._in_head = False
-        self._stop_waiting()
+        self._beside_bytes = 0
+        self._late.unset()
         self.scope["state"]["arrived_s"] = max(self.gate.came_s(time.monotonic()), self._free_s)
         refused: ServiceError | None = None
         if self._unparsed_bytes > self.max_header_bytes:  # with what came of the body
@@ -195,8 +255,11 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The parser's: the next request may begin."""
+        if self._declined:
+            return
         self._in_head = True
         self._unparsed_bytes = 0
+        self._unsent.unset()
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -220,7 +283,26 @@ class BoundedConnection(HttpToolsProtocol):
                 deeper_s = state["answer"].decided_s - state["answer"].answered_s
                 self.gate.pace.answered(budget_ms / 1000, now_s - self._begun_s - deeper_s, now_s)
             self._begun = None
+        if not self._in_head and self.cycle.response_complete:
+            self._unsent.set(self.loop, self.body_timeout_s, self.transport.abort)
         super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        super().pause_writing()
+        self._untaken.set(self.loop, self.body_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        super().resume_writing()
+        self._untaken.unset()
+
+    def _end_body(self) -> None:
+        """Of a body that is all trailers and extensions of chunks."""
+        if self.cycle.response_started:
+            self.transport.abort()
+        else:
+            self._refuse(HeadersTooLarge(f"expected trailers of at most {self.max_header_bytes} bytes, got more"))
 
     def refuse_unread(self, cycle: RequestResponseCycle, error: ServiceError) -> None:
         """Answer a whole request without the app. The connection stays, if its client keeps it."""
@@ -243,7 +325,6 @@ class BoundedConnection(HttpToolsProtocol):
         return f"expected a URL and headers of at most {self.max_header_bytes} bytes together, got more"
 
     def _on_late(self) -> None:
-        self._late = None
         if self._unparsed_bytes:
             self._refuse(RequestTimeout(f"expected the headers of a request within {self.header_timeout_s:g} s"))
         else:
@@ -268,11 +349,6 @@ class BoundedConnection(HttpToolsProtocol):
         self.metrics.refusals.labels(error.code).inc()
         if self.log:
             log_request(state | {"status": error.status, "bytes_out": bytes_out}, method, None)
-
-    def _stop_waiting(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
 
 
 class _Unread:
@@ -313,6 +389,28 @@ class _Unread:
     def forget(self) -> None:
         """See `Unread`."""
         self._connection.forget(self._cycle)
+
+
+class _Alarm:
+    """A timer that can be set, which changes nothing if it is, and unset: then it holds on to nothing."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self) -> None:
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, loop: asyncio.AbstractEventLoop, after_s: float, action: Callable[[], None]) -> None:
+        if self._handle is None:
+            self._handle = loop.call_later(after_s, self._go_off, action)
+
+    def unset(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _go_off(self, action: Callable[[], None]) -> None:
+        self._handle = None
+        action()
 
 
 def _let_go(cycle: RequestResponseCycle) -> None:

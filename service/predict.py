@@ -25,7 +25,7 @@ from service.runtime import Rows
 from service.schemas import EVENT_SCHEMA, PredictRequest, PredictResponse, Risk, StreamAnswer, StreamEnd, StreamRequest
 from service.streaming import EventStream, MostConfident, answer_events
 from service.versions import for_models, served_model
-from service.wishes import HEADER_PARAMETERS, QUERY_PARAMETERS, with_headers
+from service.wishes import HEADER_PARAMETERS, QUERY_PARAMETERS, refuse_query, with_headers
 
 router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS))  # the latter come to `service.raw` first
 stream_router = APIRouter(redirect_slashes=False, route_class=reading(JSON))
@@ -54,6 +54,7 @@ async def _prepare(body: PredictRequest, request: Request, ctx: Context, *, clim
 )
 async def predict(body: PredictRequest, request: Request, ctx: Ctx) -> Response:
     """Answer each input at the depth that its wishes and the budget allow."""
+    refuse_query(request.scope["query_string"])
     body = with_headers(body, request.scope["headers"])
     call, x = await _prepare(body, request, ctx, climb=False)
     return await answer_call(request, ctx, call, x, probabilities=body.probabilities)
@@ -107,6 +108,7 @@ async def answer_call(request: Request, ctx: Context, call: Call, x: Rows, *, pr
 )
 async def predict_stream(body: StreamRequest, request: Request, ctx: Ctx) -> Response:
     """Stream the answer of every rung as soon as it is known. A client that leaves stops the work at the next one."""
+    refuse_query(request.scope["query_string"])
     body = with_headers(body, request.scope["headers"])
     call, x = await _prepare(body, request, ctx, climb=True)
     labels = call.served.manifest.labels

@@ -23,6 +23,7 @@ _HTTP_CODES = {
     405: "method_not_allowed",
     408: "request_timeout",
     413: "body_too_large",
+    499: "client_gone",
 }
 
 

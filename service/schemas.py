@@ -40,6 +40,15 @@ Row = Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_unknown(cls, given: Any) -> Any:
+        """pydantic would collect an error for each of a million unknown members, and one is enough to refuse them all."""
+        if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
+            return given
+        unknown = next(name for name in given if name not in cls.model_fields)
+        return {name: value for name, value in given.items() if name in cls.model_fields} | {unknown: given[unknown]}
+
 
 class _Inputs(_Schema):
     inputs: list[Row] = Field(min_length=1, description="one entry per row")

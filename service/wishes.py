@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qs, parse_qsl
 
 from pydantic import ValidationError
 
@@ -113,6 +113,17 @@ def _read_query(query: bytes) -> QueryWishes:
         return QueryWishes.model_validate(found)
     except ValidationError as exc:
         raise InvalidInput(describe(exc.errors()[0])) from exc
+
+
+def refuse_query(query: bytes) -> None:
+    """Of a request whose body says what is wished: nothing that is wished is passed over.
+
+    Raises:
+        InvalidInput: there is a wish in it.
+    """
+    for name in parse_qs(query.decode("latin-1"), keep_blank_values=True) if query else ():
+        if name in _QUERY:
+            raise InvalidInput(f"query {name}: it goes with a raw body; expected {name} in the JSON, or as a header")
 
 
 def with_headers(wishes: W, headers: Iterable[tuple[bytes, bytes]]) -> W:

@@ -152,7 +152,7 @@ class AsyncClient:
             request = stream_request(name, rows, options)
             with self._forgetting(name):
                 response = await self._sender.open(call, request)
-        events = read_events(response.aiter_lines())
+        events = read_events(response.aiter_text())
         final: dict[int, Prediction] = {}
         try:
             event: Rung | Answer | None = None

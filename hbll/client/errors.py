@@ -94,9 +94,10 @@ class UnexpectedAnswer(HbllError):
 
 
 _BY_STATUS: dict[int, type[HbllError]] = {
-    **dict.fromkeys((400, 405, 413, 415, 422), InvalidRequest),
+    **dict.fromkeys((400, 405, 413, 415, 422, 431), InvalidRequest),
     **dict.fromkeys((401, 403), Unauthorized),
     404: NotServed,
+    408: Unavailable,
     429: Refused,
     502: Unavailable,
     503: Unavailable,

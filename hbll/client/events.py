@@ -38,10 +38,13 @@ class EventReader:
             raise UnexpectedAnswer(f"expected an event with JSON, got {text[:80]!r}") from exc
 
 
-async def read_events(lines: AsyncIterable[str]) -> AsyncGenerator[tuple[str, Any]]:
-    """The events of a whole body."""
-    reader = EventReader()
-    async for line in lines:
-        event = reader.feed(line)
-        if event is not None:
-            yield event
+async def read_events(pieces: AsyncIterable[str]) -> AsyncGenerator[tuple[str, Any]]:
+    """The events of a whole body, which comes in pieces. Lines end by line feeds alone: httpx's end at whatever Unicode
+    calls the end of a line, and labels may have that."""
+    reader, rest = EventReader(), ""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        for line in lines:
+            event = reader.feed(line.removesuffix("\r"))
+            if event is not None:
+                yield event

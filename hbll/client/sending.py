@@ -126,7 +126,8 @@ class Sender:
 
     async def _hedged(self, call: Call, request: Request) -> dict[str, Any]:
         """The first success of two requests; the second is sent `hedge_after_s` later, unless the first is over."""
-        outcomes: list[dict[str, Any] | HbllError] = []
+        answers: list[dict[str, Any]] = []
+        errors: list[HbllError] = []
         one_came = anyio.Event()
         running = 0
 
@@ -134,12 +135,12 @@ class Sender:
             nonlocal running
             running += 1
             try:
-                outcomes.append(await self._send(call, request))
+                answers.append(await self._send(call, request))
             except HbllError as error:
-                outcomes.append(error)
+                errors.append(error)
             running -= 1
             one_came.set()
-            if running == 0 or not isinstance(outcomes[-1], HbllError):
+            if running == 0 or answers:
                 group.cancel_scope.cancel()
 
         async with anyio.create_task_group() as group:
@@ -148,7 +149,6 @@ class Sender:
                 await one_came.wait()
             if not one_came.is_set():
                 group.start_soon(run, group)
-        last = outcomes[-1]
-        if isinstance(last, HbllError):
-            raise last
-        return last
+        if answers:  # and the other may have failed in the same turn of the loop
+            return answers[0]
+        raise errors[-1]

@@ -7,13 +7,16 @@ for all of a call (httpx alone bounds each of its steps), hedging, and one clien
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-from anyio.from_thread import start_blocking_portal
+import anyio
+from anyio.from_thread import BlockingPortal
 
 from hbll.client.aio import DEFAULT_URL, AsyncClient, ClientOptions
 from hbll.client.answers import Answer, Model, ModelDetail, Plan, Readiness, Rung
@@ -34,7 +37,9 @@ class Client:
         self._pid = os.getpid()
         self._closed = False
         self._exit = ExitStack()
-        self._portal = self._exit.enter_context(start_blocking_portal(name="hbll-client"))
+        self._portal, self._thread = _start_loop()
+        self._exit.callback(self._thread.join)
+        self._exit.callback(lambda: self._portal.call(self._portal.stop))
         self._exit.callback(lambda: self._portal.call(self._client.aclose))
 
     def predict(self, inputs: Inputs, *, model: str | None = None, **options: Unpack[PredictOptions]) -> Answer:
@@ -99,3 +104,26 @@ class Client:
 
 async def _next(events: AsyncGenerator[T]) -> T | None:
     return await anext(events, None)
+
+
+def _start_loop() -> tuple[BlockingPortal, threading.Thread]:
+    """An event loop, as anyio's `start_blocking_portal`, but in a thread that does not keep the interpreter from its end: a
+    program that fails before it closes its client is to say why, and not to hang."""
+    started: Future[BlockingPortal] = Future()
+
+    async def serve() -> None:
+        async with BlockingPortal() as portal:
+            started.set_result(portal)
+            await portal.sleep_until_stopped()
+
+    def run() -> None:
+        try:
+            anyio.run(serve)
+        except BaseException as exc:
+            if started.done():
+                raise
+            started.set_exception(exc)
+
+    thread = threading.Thread(target=run, name="hbll-client", daemon=True)
+    thread.start()
+    return started.result(), thread

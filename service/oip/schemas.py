@@ -9,6 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 
 from service.schemas import Wishes
 
+MOST_TENSORS = MOST_PARAMETERS = 100
+"""Of a request: one input, seven outputs and a dozen parameters mean something here, and to read each takes time."""
+
 _MAX_INT64 = 2**63 - 1
 
 
@@ -17,6 +20,13 @@ def _scalars(parameters: Any) -> Any:
         if not isinstance(value, (bool, int, float, str)):
             raise ValueError(f"expected a string, number or boolean as {name[:80]!r}, got {type(value).__name__}")  # noqa: TRY004
     return {} if parameters is None else parameters
+
+
+def _first_unknown(parameters: Any) -> Any:
+    known = "unload_dependents"
+    if not isinstance(parameters, dict) or parameters.keys() <= {known}:
+        return parameters
+    return {name: parameters[name] for name in [next(name for name in parameters if name != known)]}
 
 
 # Checked by hand, and lists fail fast: pydantic would collect an error for each of a million bad members.
@@ -53,8 +63,8 @@ class InferenceRequest(_Object):
 
     id: str | None = Field(None, description="comes back in the answer")
     parameters: Parameters = Field(default_factory=dict, description="see InferenceParameters")
-    inputs: list[RequestInput] = Field(fail_fast=True)
-    outputs: list[RequestOutput] = Field(default_factory=list, fail_fast=True)
+    inputs: list[RequestInput] = Field(fail_fast=True, max_length=MOST_TENSORS)
+    outputs: list[RequestOutput] = Field(default_factory=list, fail_fast=True, max_length=MOST_TENSORS)
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -248,7 +258,9 @@ class LoadRequest(_Object):
 class UnloadRequest(_Object):
     """What Triton's clients say makes no difference: no model depends on another."""
 
-    parameters: dict[Literal["unload_dependents"], StrictBool] = Field({}, description="unload_dependents: either")
+    parameters: Annotated[dict[Literal["unload_dependents"], StrictBool], BeforeValidator(_first_unknown)] = Field(
+        {}, description="unload_dependents: either"
+    )
 
 
 class IndexEntry(_Object):

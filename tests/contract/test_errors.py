@@ -11,7 +11,10 @@ import zlib
 
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
+from service.oip.schemas import UnloadRequest
+from service.schemas import PredictRequest
 from tests.contract.conftest import Client, left_to_the_collector
 
 GOOD = [[0.5] * 28] * 28
@@ -287,3 +290,13 @@ def test_a_bug_is_500_and_tells_nothing(client: Client, monkeypatch: pytest.Monk
     assert "secret" not in response.text
     monkeypatch.undo()
     assert client.predict({"inputs": [GOOD]}).status_code == 200
+
+
+def test_of_a_million_unknown_members_one_is_enough() -> None:
+    """Bug found: pydantic collected an error for each, for seconds, while the event loop stood still."""
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted") as caught:
+        PredictRequest.model_validate({"inputs": [[1]]} | {str(number): 1 for number in range(100_000)})
+    assert caught.value.error_count() == 1
+    with pytest.raises(ValidationError) as caught:
+        UnloadRequest.model_validate({"parameters": {str(number): 1 for number in range(100_000)}})
+    assert caught.value.error_count() <= 2

@@ -137,6 +137,15 @@ CASES: dict[str, Case] = {
     "unknown version": case(lambda m: setattr(m, "model_version", "2"), "version '2' of", MISSING, "unknown_version"),
     "version no number": case(lambda m: setattr(m, "model_version", "new"), "version 'new'", MISSING, "unknown_version"),
     # Inputs
+    "many inputs": Case(
+        pb.ModelInferRequest(model_name="digits").SerializeToString() + b"\x2a\x00" * 10_000,
+        "inputs: expected at most 100, got 10000",
+    ),
+    "many outputs": Case(GOOD + b"\x32\x00" * 10_000, "outputs: expected at most 100, got 10000"),
+    "too many parameters": case(
+        lambda m: [m.parameters[str(number)].CopyFrom(pb.InferParameter(bool_param=True)) for number in range(101)],
+        "parameters: expected at most 100 parameters, got 101",
+    ),
     "no input": case(lambda m: m.ClearField("inputs"), "expected the one input 'x', got none"),
     "nothing at all but a model": Case(
         pb.ModelInferRequest(model_name="digits").SerializeToString(), "expected the one input 'x', got none"

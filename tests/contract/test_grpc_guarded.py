@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,3 +183,19 @@ def test_an_encrypted_key_is_refused_before_anything_is_loaded(authority: trustm
     settings = Settings(models=tmp_path, grpc_port=0, tls_cert=certificate, tls_key_password="secret")
     with pytest.raises(GrpcError, match="a private key that is not encrypted"):
         create_app(settings)
+
+
+def test_who_has_no_key_is_refused_before_there_is_a_message(channel: grpc.Channel) -> None:
+    """Bug found: until it came, which can be never, the call took one of those that there may be at a time."""
+    silent = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        silent.wait(60)
+        yield from ()
+
+    for method in ("ModelInfer", "ModelStreamInfer", "ServerMetadata"):
+        call = channel.stream_unary(f"/inference.GRPCInferenceService/{method}")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(nothing(), timeout=60)
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    silent.set()

@@ -482,3 +482,22 @@ def test_kserve_requests_are_answered(client: Client, images: np.ndarray, binary
     response = client.request("POST", f"{MODEL}/infer", content=content, headers=headers)
     assert response.json()["id"] == "7"
     assert tensors(response) == {"label": tensors(post_binary(client, images[:1], parameters={"depth": 2}))["label"]}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "same-origin", "origin": "http://of-a-proxy"}, 404),
+        ({"sec-fetch-site": "none"}, 404),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://test"}, 404),
+        ({}, 404),
+    ],
+)
+def test_no_page_of_another_site_changes_what_is_served(client: Client, headers: dict[str, str], status: int) -> None:
+    """A browser sends a POST without a body across origins without asking."""
+    response = client.request("POST", "/v2/repository/models/cats/unload", headers={"host": "test"} | headers)
+    assert response.status_code == status

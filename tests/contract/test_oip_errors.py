@@ -129,7 +129,10 @@ CASES: dict[str, Case] = {
     "very long name": one("inputs: expected the one input 'x', got 'yyyy", name="y" * 100_000),
     "the input twice": whole({"inputs": [tensor(), tensor()]}, "inputs: expected the one input 'x', got 'x', 'x'"),
     "an input too many": whole({"inputs": [tensor(), tensor(name="y")]}, "expected the one input 'x', got 'x', 'y'"),
-    "a thousand inputs": whole({"inputs": [tensor(data=[])] * 1000}, "inputs: expected the one input 'x', got"),
+    "a thousand inputs": whole({"inputs": [tensor(data=[])] * 1000}, "inputs: List should have at most 100 items"),
+    "a thousand outputs": whole(
+        {"inputs": [tensor()], "outputs": [{"name": "label"}] * 1000}, "outputs: List should have at most 100 items"
+    ),
     # Datatypes
     "no datatype": one("inputs.0.datatype: Field required", datatype=...),
     "datatype a number": one("inputs.0.datatype: Input should be a valid string", datatype=32),

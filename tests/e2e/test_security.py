@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import ssl
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import pytest
@@ -238,6 +242,78 @@ def test_more_connections_than_allowed_are_refused_and_others_served(bounded: Li
         assert any(httpx.get(f"{bounded.url}/health/live").status_code == 200 for _ in range(1000))
 
 
+def responses(server: LiveServer, *parts: bytes) -> list[bytes]:
+    """The heads of what comes back for `parts`, sent one after the other over one connection, until it is closed."""
+    raw = b""
+    with connect(server) as connection:
+        for part in parts:
+            connection.sendall(part)
+            time.sleep(0.05)  # so that each is read by itself
+        while piece := connection.recv(65536):
+            raw += piece
+    return re.findall(rb"HTTP/1\.1 (\d+)", raw)
+
+
+def send_for_ever(connection: socket.socket, data: bytes, pause_s: float = 0.0) -> NoReturn:
+    while True:
+        connection.sendall(data)
+        time.sleep(pause_s)
+
+
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
+LAST = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def test_who_offers_another_protocol_is_answered_in_this_one(bounded: LiveServer) -> None:
+    """As Java's client does with every request. Bug found: the body was skipped, or taken for the next request."""
+    body = json.dumps({"inputs": [IMAGE]}).encode()
+    whole = HEAD + UPGRADE + b"Content-Length: %d\r\n\r\n" % len(body)
+    assert responses(bounded, whole + body + LAST) == [b"200", b"200"]
+    assert responses(bounded, whole[:-20], whole[-20:], body[:9], body[9:] + LAST) == [b"200", b"200"]
+    assert responses(bounded, LAST.replace(b"Connection: close\r\n", UPGRADE) * 3 + LAST) == [b"200"] * 4
+    within = b"GET /health/ready HTTP/1.1\r\nHost: x\r\n\r\n"
+    hidden = HEAD.replace(b"v1/models/digits/predict", b"health/live") + UPGRADE + b"Content-Length: %d\r\n\r\n"
+    assert responses(bounded, hidden % len(within), within, LAST) == [b"405", b"200"]
+
+
+def test_trailers_are_no_headers(bounded: LiveServer) -> None:
+    body = json.dumps({"inputs": [IMAGE]}).encode()
+    chunks = b"%x\r\n%s\r\n0\r\n" % (len(body), body)
+    answer = talk(bounded, CHUNKED + b"Connection: close\r\n\r\n" + chunks + b"X-Depth: 1\r\n\r\n")
+    assert answer.content["predictions"][0]["depth"] > 1  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (CHUNKED + b"\r\n0\r\n", *[b"a: b\r\n" * 500] * 2),
+        (CHUNKED + b"\r\n0\r\na: ", *[b"x" * 3000] * 2),
+        (CHUNKED + b"\r\n1;", *[b"x" * 3000] * 2),
+    ],
+    ids=["many", "one long one", "an extension of a chunk"],
+)
+def test_what_stands_beside_a_body_is_bounded(bounded: LiveServer, parts: tuple[bytes, ...]) -> None:
+    """Bug found: 60 MB of trailers took a gigabyte, and no key was needed for it."""
+    assert responses(bounded, *parts) == [b"431"]
+
+
+def test_what_is_sent_after_its_answer_has_an_end(bounded: LiveServer) -> None:
+    """Bug found: whoever sent a byte now and then kept a connection for ever."""
+    with connect(bounded) as connection:
+        connection.sendall(HEAD.replace(b"v1/models/digits/predict", b"nowhere") + b"Content-Length: 1000000\r\n\r\n")
+        assert b" 404 " in connection.recv(65536)
+        with pytest.raises(ConnectionError):
+            send_for_ever(connection, b"x", 0.1)
+
+
+def test_who_takes_no_answer_is_hung_up_on(bounded: LiveServer) -> None:
+    with connect(bounded) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with pytest.raises(ConnectionError):
+            send_for_ever(connection, b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+
+
 @pytest.mark.parametrize(
     "garbage", [b"hello\r\n\r\n", b"\x16\x03\x01\x00\xa5\x01", b"GET / HTTP/1.1\r\nbad header\r\n\r\n"]
 )
@@ -275,3 +351,24 @@ def test_a_certificate_that_cannot_be_used_stops_start_up(trained: Trained, tmp_
     (tmp_path / "cert.pem").write_text("no certificate")
     with pytest.raises(AssertionError, match=r"Error: the TLS certificate .*cert\.pem cannot be used: expected PEM files"):
         start_server(trained.models, tmp_path, {"HBLL_TLS_CERT": str(tmp_path / "cert.pem")})
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type"),
+    [
+        ("/v1/models/digits/predict", "application/json"),
+        ("/v1/models/digits/predict", "application/octet-stream"),
+        ("/v2/models/digits/infer", "application/json"),
+        ("/v2/repository/index", "application/json"),
+    ],
+)
+def test_who_leaves_before_the_request_is_whole_is_no_error_of_the_server(
+    bounded: LiveServer, path: str, content_type: str
+) -> None:
+    own = uuid.uuid4().hex
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nX-Request-Id: {own}\r\n"
+    with connect(bounded) as connection:
+        connection.sendall(f"{head}Content-Length: 3136\r\n\r\nhalf".encode())
+        time.sleep(0.1)
+    (line,) = (json.loads(line) for line in log_with(bounded, own).splitlines() if own in line)
+    assert (line["status"], "Traceback" in bounded.log.read_text()) == (499, False)

@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 
@@ -374,3 +376,31 @@ def test_the_asynchronous_client_does_the_same() -> None:
     answer, events = asyncio.run(ask())
     assert answer.requests == 2
     assert [type(event) for event in events] == [Rung, Answer]
+
+
+def test_an_answer_counts_though_the_other_of_two_requests_fails_in_the_same_moment() -> None:
+    both = []
+
+    async def together(outcome: httpx.Response) -> httpx.Response:
+        both.append(outcome)
+        while len(both) < 2:
+            await anyio.lowlevel.checkpoint()
+        return outcome
+
+    async def answers() -> httpx.Response:
+        return await together(ok())
+
+    async def fails() -> httpx.Response:
+        return await together(error(422))
+
+    for steps in ((answers, fails), (fails, answers)):
+        both.clear()
+        with Server(*steps).client(hedge_after_s=0.01) as client:
+            assert client.predict(ROW).requests == 2
+
+
+def test_a_client_that_is_not_closed_keeps_no_program_from_its_end() -> None:
+    """Bug found: a program that failed before it closed its client said why, and hung."""
+    program = "from hbll.client import Client; client = Client('http://127.0.0.1:9'); raise SystemExit('why')"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr.strip()) == (1, "why")

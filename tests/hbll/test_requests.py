@@ -3,8 +3,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import anyio
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,7 +23,7 @@ from hbll.client.errors import (
     UnexpectedAnswer,
     error_of,
 )
-from hbll.client.events import EventReader
+from hbll.client.events import EventReader, read_events
 from hbll.client.inputs import rows_of
 from hbll.client.requests import budget_of, content_of, model_path, plan_request, predict_request, stream_request
 from service.wishes import with_query
@@ -150,6 +152,8 @@ def test_a_model_stays_one_part_of_the_url() -> None:
         (413, InvalidRequest),
         (415, InvalidRequest),
         (422, InvalidRequest),
+        (408, Unavailable),
+        (431, InvalidRequest),
         (429, Refused),
         (500, ServerFailed),
         (501, ServerFailed),
@@ -190,3 +194,18 @@ def test_events_are_put_together_from_lines() -> None:
     reader.feed("data: {")
     with pytest.raises(UnexpectedAnswer, match="expected an event with JSON"):
         reader.feed("")
+
+
+def test_lines_of_events_end_by_line_feeds_alone() -> None:
+    """Bug found: labels with what else Unicode ends lines by broke the stream."""
+    text = 'event: answer\r\ndata: {"label": "a\x85b\u2028c"}\r\n\r\nevent: end\ndata: 2\n\n'
+
+    async def pieces(size: int) -> AsyncIterator[str]:
+        for start in range(0, len(text), size):
+            yield text[start : start + size]
+
+    async def events(size: int) -> list[tuple[str, object]]:
+        return [event async for event in read_events(pieces(size))]
+
+    for size in (1, 7, 1000):
+        assert anyio.run(events, size) == [("answer", {"label": "a\x85b\u2028c"}), ("end", 2)]

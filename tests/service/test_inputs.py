@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -118,3 +119,16 @@ def test_tokens_come_as_lists_and_as_tensors() -> None:
 def test_what_is_no_token_is_refused(row: object, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         Decoder(TOKENS, 0).decode([row])
+
+
+def test_a_jpeg_has_at_most_a_hundred_scans() -> None:
+    """Bug found: a kilobyte, compressed, of thousands of them kept a processor busy for eight seconds."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    start, end = content.rindex(b"\xff\xda"), content.rindex(b"\xff\xd9")
+    for scans, refused in ((80, False), (5000, True)):
+        bomb = content[:end] + content[start:end] * scans + content[end:]
+        decoding = pytest.raises(InvalidInput, match="a JPEG of at most 100 scans") if refused else nullcontext()
+        with decoding:
+            Decoder(MANIFEST, 1_000_000).decode([{"image": base64.b64encode(bomb).decode()}])

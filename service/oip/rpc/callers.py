@@ -44,7 +44,7 @@ class KeyCheck(grpc.aio.ServerInterceptor):
                 check_operator(key)
         except ServiceError as error:
             self._metrics.refusals.labels(error.code).inc()
-            return _refusing(handler, error)
+            return _refusing(error)
         return handler
 
 
@@ -57,12 +57,11 @@ def token_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
     return read_token(found.get("authorization"), found.get("x-api-key"))
 
 
-def _refusing(handler: Handler, error: ServiceError) -> Handler:
-    """A handler of the same kind of call that ends it by an error."""
+def _refusing(error: ServiceError) -> Handler:
+    """A handler that ends any call by an error. The library calls one of streams at once, and one for a single message only
+    when that has come, until when whoever has no key could hold all the calls that there may be."""
 
     async def refuse(_: object, call: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         await abort(call, error)
 
-    if handler.request_streaming:
-        return grpc.stream_stream_rpc_method_handler(refuse)
-    return grpc.unary_unary_rpc_method_handler(refuse)
+    return grpc.stream_stream_rpc_method_handler(refuse)

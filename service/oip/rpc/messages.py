@@ -16,7 +16,7 @@ from service.answers import RowAnswer
 from service.errors import BadRequest, MalformedInput
 from service.oip.inference import Inference
 from service.oip.rpc.stubs import open_inference_pb2 as pb
-from service.oip.schemas import InferenceRequest, RequestInput, RequestOutput
+from service.oip.schemas import MOST_PARAMETERS, MOST_TENSORS, InferenceRequest, RequestInput, RequestOutput
 from service.oip.tensors import NUMBERS, describe_output, raw_values, require_datatype
 
 M = TypeVar("M", bound=Message)
@@ -58,8 +58,11 @@ def read_request(request: pb.ModelInferRequest) -> InferenceRequest:
     """A request without its tensors' values.
 
     Raises:
-        BadRequest: a parameter or an output is named and has no value that is known here.
+        BadRequest: a parameter or an output is named and has no value that is known here; there are far too many.
     """
+    for what, tensors in (("inputs", request.inputs), ("outputs", request.outputs)):
+        if len(tensors) > MOST_TENSORS:  # a message of 4 MB can have two million
+            raise BadRequest(f"{what}: expected at most {MOST_TENSORS}, got {len(tensors)}")
     return InferenceRequest.model_construct(
         id=request.id or None,
         parameters=parameters_of(request),
@@ -92,6 +95,8 @@ def parameters_of(request: pb.ModelInferRequest) -> dict[str, Any]:
 
 
 def _parameters(where: str, given: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
+    if len(given) > MOST_PARAMETERS:
+        raise BadRequest(f"{where}: expected at most {MOST_PARAMETERS} parameters, got {len(given)}")
     parameters: dict[str, Any] = {}
     for name, parameter in given.items():
         kind = parameter.WhichOneof("parameter_choice")
