@@ -174,6 +174,8 @@ class BoundedConnection(HttpToolsProtocol):
         """See asyncio.Protocol."""
         for alarm in (self._late, self._unsent, self._untaken):
             alarm.unset()
+        if self._begun is not None:  # uvicorn knows the latest alone, of those that came one after the other
+            self._begun.disconnected = True
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

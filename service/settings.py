@@ -112,7 +112,9 @@ class Settings(BaseSettings, ModelSettings):
     max_header_bytes: int = Field(32 * 1024, ge=1024, description="longest URL and headers of a request; beyond: 431")
     max_connections: int = Field(4096, ge=1, description="open connections; a request on one more gets 503")
     header_timeout_s: float = Field(10, gt=0, description="for a request's headers to arrive, from the connection's start")
-    body_timeout_s: float = Field(30, gt=0, description="for a request's whole body to arrive; beyond: 408. For a client to take its answer: hung up on")
+    body_timeout_s: float = Field(
+        30, gt=0, description="for a request's whole body to arrive; beyond: 408; and as long for an answer to be taken"
+    )
 
     keys_file: Path | None = Field(
         None, description="TOML file of API keys, see `hbll keys`; with it every request to /v1 and /v2 needs one"
