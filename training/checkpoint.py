@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -66,8 +67,8 @@ def trainable(family: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Make `path` hold `data`, or leave it as it was: written beside it, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is overwritten
+    """Make `path` hold `data`, or leave it as it was: written beside it, synced, renamed. Of two writers the last wins."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -76,6 +77,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what processes that were killed while they wrote a checkpoint left; for who holds the folder."""
+    for file in (BEST_FILE, CHECKPOINT_FILE):
+        for left in run.glob(f".{file}.*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def save_config(run: Path, config: RunConfig) -> None:

@@ -12,7 +12,8 @@ Learning rates can be chosen for every method, and for every separate network, b
 of their own, on validation data.
 
 A run that is finished is not run again, and one that was killed goes on, so a comparison can be stopped, or shared among
-processes by seeds, and reported when all is there. What came out is told by `training.report`.
+processes by seeds, and reported when all is there. One that another process is at, as with the tuning runs that all of them
+want, is waited for. What came out is told by `training.report`.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def choose_rates(
 
 
 def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None]) -> list[Record]:
-    """Train and measure one run in its folder under `out`, or read it if it is there already.
+    """Train and measure one run in its folder under `out`, or read it if it is there already or another process is at it.
 
     Raises:
         ConfigError: the folder holds a run of another configuration.
@@ -134,7 +135,9 @@ def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None
     folder = out / "runs" / job.name
     if _is_finished(folder, job.config):
         return _records(job, read_metrics(folder))
-    family = train(job.config, folder, data, on_step, resume=True)
+    family = train(job.config, folder, data, on_step, resume=True, wait=True)
+    if _is_finished(folder, job.config):  # by the other process that it waited for
+        return _records(job, read_metrics(folder))
     metrics = assess(family, data, trained_paths(job.config, family.tree, tuple(family.tree.paths()))).paths
     write_metrics(folder, metrics)
     return _records(job, metrics)

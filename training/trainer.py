@@ -12,7 +12,7 @@ import csv
 import io
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from training.checkpoint import (
     load_checkpoint,
     load_run_config,
     load_spec,
+    remove_leftovers,
     save_checkpoint,
     save_config,
     save_spec,
@@ -41,6 +42,7 @@ from training.dataset import Augmentation, Dataset, DataSpec, Split
 from training.diagnosis import diagnose
 from training.distributed import ALONE, Team, gradient_buffer
 from training.evaluate import PathScore, score_paths, watched_paths
+from training.lock import alone_in
 from training.methods import METHODS, Context, trained_paths
 from training.model import Family, build_family
 from training.shapes import shapes_of
@@ -107,16 +109,18 @@ def train(
     *,
     family: Family | None = None,
     resume: bool = False,
+    wait: bool = False,
     team: Team = ALONE,
 ) -> Family:
     """Train a family into the folder `run` and return it: one that `config` describes, or the given one, freshly built.
 
     The folder gets `config.json`, `data.json`, `checkpoint.safetensors`, `best.safetensors`, `log.csv` and
     TensorBoard events. With `resume` a run that was killed goes on from its last checkpoint (or starts, where it has none).
+    With `wait` another process that trains in the folder is let end first.
 
     Raises:
-        ConfigError: `run` holds another run, resuming would change its configuration, the model does not fit the data, or
-            `team` cannot divide its steps.
+        ConfigError: `run` holds another run, another process trains there, resuming would change its configuration, the
+            model does not fit the data, or `team` cannot divide its steps.
         ShapeError: the modules of the family do not fit each other.
         CheckpointError: the checkpoint to resume from is damaged.
         TeamError: a rank is lost, or does not see the others' files.
@@ -133,18 +137,22 @@ def train(
     family = family or build_family(config.model, settings.seed, data.spec)
     _require_fit(family, data)
     family = family.to(team.device)
-    _claim(run, config, data.spec, resume, team)
-    parameters = list(trainable(family).values())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    gradients = gradient_buffer(family)  # a block that no step has visited yet has moments like the others
-    progress = load_checkpoint(run, family, optimizer) if (run / CHECKPOINT_FILE).exists() else Progress()
-    team.require_agreement(progress.steps, f"checkpoint, in a folder {run} that all of them share (this is its step)")
-    history = History.read(run / LOG_FILE, progress.steps)
-    paths = trained_paths(config, family.tree, watched_paths(family.tree))
-    budget = max(1, round(settings.budget * len(data.train)))
-    generator = torch.Generator()
+    run.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        if team.leads:
+            held.enter_context(alone_in(run, wait=wait))
+        _claim(run, config, data.spec, resume, team)
+        parameters = list(trainable(family).values())
+        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        gradients = gradient_buffer(family)  # a block that no step has visited yet has moments like the others
+        progress = load_checkpoint(run, family, optimizer) if (run / CHECKPOINT_FILE).exists() else Progress()
+        team.require_agreement(progress.steps, f"checkpoint, in a folder {run} that all of them share (this is its step)")
+        history = History.read(run / LOG_FILE, progress.steps)
+        paths = trained_paths(config, family.tree, watched_paths(family.tree))
+        budget = max(1, round(settings.budget * len(data.train)))
+        generator = torch.Generator()
+        board = held.enter_context(_board(run, progress, team))
 
-    with _board(run, progress, team) as board:
         while progress.evaluations < budget and not history.is_stale(settings.patience):
             share = progress.evaluations / budget
             rng = np.random.default_rng([settings.seed, progress.steps, 1])
@@ -182,8 +190,8 @@ def train(
             if board:
                 board.add_scalar("train/loss", loss, progress.steps)
             on_step(Report(progress.steps, min(1.0, done), loss, scores))
-    if settings.patience:
-        load_checkpoint(run, family, name=BEST_FILE)
+        if settings.patience:
+            load_checkpoint(run, family, name=BEST_FILE)
     return family.cpu().eval()
 
 
@@ -267,7 +275,6 @@ def _claim(run: Path, config: RunConfig, spec: DataSpec, resume: bool, team: Tea
 
     All ranks look, so that all refuse; one writes.
     """
-    run.mkdir(parents=True, exist_ok=True)
     if (run / CHECKPOINT_FILE).exists() or ((run / CONFIG_FILE).exists() and resume):
         if not resume:
             raise ConfigError(f"{run} already holds a run: add --resume to go on with it, or choose another --out")
@@ -279,6 +286,7 @@ def _claim(run: Path, config: RunConfig, spec: DataSpec, resume: bool, team: Tea
         if load_spec(run) != spec:
             raise ConfigError(f"{run} was started with other data; restore them, or choose another --out")
     if team.leads:
+        remove_leftovers(run)
         save_spec(run, spec)
         save_config(run, config)
 

@@ -109,3 +109,18 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: p
         write_atomically(file, b"after")
     assert file.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_two_processes_may_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug found: both wrote the same temporary file, and who renamed it last found none."""
+    file, sync = tmp_path / "file", os.fsync
+
+    def another_writes(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        write_atomically(file, b"another's")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", another_writes)
+    write_atomically(file, b"ours")
+    assert file.read_bytes() == b"ours"
+    assert list(tmp_path.iterdir()) == [file]
