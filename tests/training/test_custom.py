@@ -192,6 +192,25 @@ def test_what_is_frozen_or_never_visited_resumes_too(tmp_path: Path, blobs: Data
     assert not torch.equal(whole.state_dict()["head.weight"], frozen().state_dict()["head.weight"])
 
 
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "modules"])
+@pytest.mark.parametrize("name", METHODS)
+def test_whatever_is_frozen_stays_and_the_rest_learns(name: MethodName, stacked: bool) -> None:
+    """Bug found: where a loss reached frozen parameters alone, `hbll`, `hbll+chains` and `cffm` ended in a traceback."""
+    settings = TrainConfig(method=name, blocks=1 if name in ("bp", "cffm") else None, hbll_share=1)
+    x, y = torch.rand(12, 4), torch.arange(12) % 3
+    for frozen in (("embed", "blocks.nodes.2"), ("blocks.nodes.1", "blocks.nodes.3"), ("embed", "blocks", "head")):
+        family = small()
+        if stacked:
+            spec = DIGITS.model_copy(update={"input_shape": (4,), "labels": ("a", "b", "c")})
+            family = build_family(ResMlpConfig(hierarchy_depth=2, width=6, hidden=6), 0, spec)
+        for each, parameter in family.named_parameters():
+            parameter.requires_grad_(not each.startswith(frozen))
+        context = Context(settings, family, np.random.default_rng(0), torch.Generator())
+        assert METHODS[name].step(context, x, y).loss.isfinite()
+        if not stacked:
+            assert all(p.requires_grad or p.grad is None for p in family.parameters())
+
+
 def test_a_run_of_own_modules_is_not_rebuilt_without_them(tmp_path: Path, blobs: Dataset) -> None:
     train_family(small(), blobs, tmp_path / "run", budget=1, batch=16, evaluations=1)
     assert load_run_config(tmp_path / "run").model == CustomConfig(hierarchy_depth=2)
