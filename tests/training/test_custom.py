@@ -211,6 +211,22 @@ def test_whatever_is_frozen_stays_and_the_rest_learns(name: MethodName, stacked:
             assert all(p.requires_grad or p.grad is None for p in family.parameters())
 
 
+def test_transposed_parameters_learn_what_others_learn(tmp_path: Path, blobs: Dataset) -> None:
+    """Bug found: AdamW's fused kernel gave each weight the update of another one."""
+
+    def transposed() -> Family:
+        family = small()
+        for layer in family.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+        return family
+
+    settings = {"budget": 4, "batch": 16, "evaluations": 1, "lr": 1e-2, "warmup_steps": 0}
+    plain = train_family(small(), blobs, tmp_path / "plain", **settings).family.state_dict()
+    for name, tensor in train_family(transposed(), blobs, tmp_path / "transposed", **settings).family.state_dict().items():
+        torch.testing.assert_close(tensor, plain[name], atol=1e-5, rtol=1e-4)
+
+
 def test_a_run_of_own_modules_is_not_rebuilt_without_them(tmp_path: Path, blobs: Dataset) -> None:
     train_family(small(), blobs, tmp_path / "run", budget=1, batch=16, evaluations=1)
     assert load_run_config(tmp_path / "run").model == CustomConfig(hierarchy_depth=2)
