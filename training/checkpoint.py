@@ -133,7 +133,11 @@ def save_checkpoint(
     run: Path, family: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, best: bool = False
 ) -> None:
     """Write weights, optimizer moments and progress as one file, and a second time as the best so far."""
-    tensors = {_MODEL + name: tensor.detach().contiguous() for name, tensor in family.state_dict().items()}
+    # safetensors refuses tensors that share memory, as a buffer does that several blocks were given.
+    tensors = {
+        _MODEL + name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in family.state_dict().items()
+    }
     for name, parameter in family.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{_OPTIMIZER}{name}.{key}"] = value

@@ -227,6 +227,20 @@ def test_transposed_parameters_learn_what_others_learn(tmp_path: Path, blobs: Da
         torch.testing.assert_close(tensor, plain[name], atol=1e-5, rtol=1e-4)
 
 
+def test_blocks_may_share_a_buffer(tmp_path: Path, blobs: Dataset) -> None:
+    """Bug found: safetensors refuses tensors that share memory, so the first checkpoint ended the run."""
+
+    def masked() -> Family:
+        family, mask = small(), torch.ones(6)
+        for node in family.tree.nodes:
+            family.blocks.module(node).register_buffer("mask", mask)
+        return family
+
+    train_family(masked(), blobs, tmp_path / "run", budget=1, batch=16, evaluations=1)
+    again = load_trained(tmp_path / "run", lambda _: masked())
+    assert torch.equal(again.family.blocks.get_buffer("nodes.2.mask"), torch.ones(6))
+
+
 def test_a_run_of_own_modules_is_not_rebuilt_without_them(tmp_path: Path, blobs: Dataset) -> None:
     train_family(small(), blobs, tmp_path / "run", budget=1, batch=16, evaluations=1)
     assert load_run_config(tmp_path / "run").model == CustomConfig(hierarchy_depth=2)
