@@ -38,7 +38,7 @@ from training.checkpoint import (
     write_atomically,
 )
 from training.config import ConfigError, GptConfig, RunConfig, TrainConfig, describe_changes
-from training.dataset import Augmentation, Dataset, DataSpec, Split
+from training.dataset import Augmentation, Dataset, Split
 from training.diagnosis import diagnose
 from training.distributed import ALONE, Team, gradient_buffer
 from training.evaluate import PathScore, score_paths, watched_paths
@@ -141,7 +141,7 @@ def train(
     with ExitStack() as held:
         if team.leads:
             held.enter_context(alone_in(run, wait=wait))
-        _claim(run, config, data.spec, resume, team)
+        _claim(run, config, data, resume, team)
         parameters = list(trainable(family).values())
         optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
         gradients = gradient_buffer(family)  # a block that no step has visited yet has moments like the others
@@ -270,7 +270,7 @@ class _Batches:
         return self._augment(self._train.x[rows], rng), self._train.labels[rows]
 
 
-def _claim(run: Path, config: RunConfig, spec: DataSpec, resume: bool, team: Team) -> None:
+def _claim(run: Path, config: RunConfig, data: Dataset, resume: bool, team: Team) -> None:
     """Make the run's folder ours: a new one, or with `resume` the one that the same configuration started.
 
     All ranks look, so that all refuse; one writes.
@@ -283,11 +283,11 @@ def _claim(run: Path, config: RunConfig, spec: DataSpec, resume: bool, team: Tea
             raise ConfigError(
                 f"{run} was started with another configuration, {describe_changes(before, config)}: resume it with the same"
             )
-        if load_spec(run) != spec:
-            raise ConfigError(f"{run} was started with other data; restore them, or choose another --out")
+        if changes := data.changes_since(load_spec(run)):
+            raise ConfigError(f"{run} was started with other data, {changes}: restore them, or choose another --out")
     if team.leads:
         remove_leftovers(run)
-        save_spec(run, spec)
+        save_spec(run, data.spec_to_keep())
         save_config(run, config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,33 @@ def test_data_that_changed_since_training_are_refused(tmp_path: Path) -> None:
     parquet.write_table(table(height=np.linspace(1.0, 2.1, ROWS)), file)
     with pytest.raises(DataError, match=r"these are not the data that .* was trained on"):
         load_data_of(tmp_path, config)
+
+
+def test_each_split_is_known_again_not_only_the_rows_that_were_trained_on(tmp_path: Path) -> None:
+    """Bug found: the training rows put in the place of the test file, or another split of the same means, went unnoticed."""
+    for name, first in (("train", 0), ("check", 100), ("test", 200)):
+        csv.write_csv(pa.table({"a": range(first, first + 60), "y": [n % 2 for n in range(60)]}), tmp_path / f"{name}.csv")
+    config = TableConfig(
+        file=tmp_path / "train.csv", target="y", certification=tmp_path / "check.csv", test=tmp_path / "test.csv"
+    )
+    data = load_data(config)
+    save_spec(tmp_path, data.spec_to_keep())
+    assert len(load_data_of(tmp_path, config).test) == 60
+    for name in ("check", "test"):
+        shutil.copy(tmp_path / "train.csv", tmp_path / f"{name}.csv")
+    with pytest.raises(DataError, match=r"was trained on: the rows or labels of certification, test differ"):
+        load_data_of(tmp_path, config)
+    save_spec(tmp_path, data.spec)  # as runs did before there were digests
+    load_data_of(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    "places", [{"test": "data.csv"}, {"test": "sub/../data.csv"}, {"validation": "v.csv", "test": "v.csv"}]
+)
+def test_no_file_is_two_splits(places: dict[str, str]) -> None:
+    """Bug found: a test file that is the training file gave a table of very good scores."""
+    with pytest.raises(ValidationError, match=r"(test and file|validation and test) must be different places"):
+        TableConfig(file="data.csv", target="y", **places)
 
 
 def test_missing_values_are_the_mean_in_every_split_and_wrong_labels_in_training_alone(digits: Dataset) -> None:
