@@ -26,7 +26,7 @@ from pathlib import Path as FilePath
 from family.tree import Path, Tree, format_path
 from training.assessment import METRICS_FILE, PathMetrics, assess, read_metrics, write_metrics
 from training.checkpoint import CheckpointError, load_run_config
-from training.config import MethodName, RunConfig, parse_config
+from training.config import ConfigError, MethodName, RunConfig, parse_config
 from training.dataset import Dataset
 from training.methods import METHODS, steps_of, trained_paths
 from training.report import Matched, Record
@@ -67,8 +67,12 @@ def plan(
     """All runs, seed by seed; only `base`'s method, blocks, seed, budget and learning rate are replaced.
 
     Raises:
-        ConfigError: a method or seed cannot be.
+        ConfigError: a method or seed cannot be, or runs could end before their budgets are spent.
     """
+    if base.train.patience is not None:
+        raise ConfigError(
+            "train.patience lets each run stop when it likes, and a comparison is of runs that do equal work: leave it out"
+        )
     tree = Tree(base.model.hierarchy_depth)
     sizes = separate_blocks(tree)
     epochs = base.train.budget / sum(sizes)

@@ -193,6 +193,7 @@ def test_a_comparison_in_which_all_diverge_says_so(tmp_path: Path) -> None:
         (["--seeds", "-1"], "train.seed"),
         (["--rates", "1e-3,fast"], "expected learning rates with commas between them, got '1e-3,fast'"),
         (["--rates", "0"], "train.lr"),
+        (["--set", "train.patience=2"], "train.patience lets each run stop when it likes"),
     ],
 )
 def test_what_cannot_be_compared_is_named(tmp_path: Path, arguments: list[str], message: str) -> None:
