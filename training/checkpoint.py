@@ -173,7 +173,7 @@ def load_checkpoint(
                 prefix = f"{_OPTIMIZER}{name}."
                 state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
                 _check_moments(name, parameter, state)
-                optimizer.state[parameter] = state
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
     except (RuntimeError, KeyError, ValueError) as exc:
         raise CheckpointError(f"{file} does not fit the configuration beside it: {exc}") from exc
     return progress

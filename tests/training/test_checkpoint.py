@@ -86,6 +86,16 @@ def test_optimizer_state_that_does_not_fit_is_refused(run: Path, damage: str) ->
         load_checkpoint(run, family, torch.optim.AdamW(family.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning")
+def test_optimizer_state_goes_where_the_parameters_are(run: Path) -> None:
+    """Bug found: a run on a GPU could not be resumed there, as its moments stayed in the memory of the CPU."""
+    _, family, _ = load_family(run)
+    family = family.to("meta")  # the only other device that every machine has
+    optimizer = torch.optim.AdamW(family.parameters())
+    load_checkpoint(run, family, optimizer)
+    assert {tensor.device.type for state in optimizer.state.values() for tensor in state.values()} == {"meta"}
+
+
 def test_a_checkpoint_says_what_wrote_it(run: Path) -> None:
     origin = load_origin(run)
     assert origin.libraries["torch"] == torch.__version__
