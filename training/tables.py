@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from training.splits import Rows, load_splits
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_ROW_NUMBERS = re.compile(r"(__index_level_\d+__)?")
+"""Names of columns in which pandas writes its index, to Parquet and, without a name, to CSV."""
 
 
 def load_table(config: TableConfig) -> Dataset:
@@ -48,6 +52,11 @@ def _features(table: pa.Table, config: TableConfig) -> tuple[str, ...]:
             f"{config.file} has no column {', '.join(map(repr, unknown))}, but {', '.join(map(repr, table.column_names))}"
         )
     features = tuple(name for name in table.column_names if name not in (config.target, *config.drop))
+    if numbers := [name for name in features if _ROW_NUMBERS.fullmatch(name)]:
+        raise DataError(
+            f"{config.file}: column {numbers[0]!r} is the numbers of rows that pandas writes along, which no model should "
+            "learn from: write the table with index=False, or name the column in data.drop"
+        )
     if not features:
         raise DataError(f"{config.file}: expected columns of numbers beside {config.target!r}, got none")
     return features

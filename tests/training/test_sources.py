@@ -120,6 +120,16 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
         load_table(TableConfig(file=tmp_path / "missing.csv", target="y"))
 
 
+@pytest.mark.parametrize(("suffix", "name"), [("parquet", "__index_level_0__"), ("csv", "")])
+def test_row_numbers_that_pandas_wrote_along_are_no_feature(tmp_path: Path, suffix: str, name: str) -> None:
+    """Bug found: in a table that is sorted by class they tell the class, and nobody had asked for them."""
+    file, rows = tmp_path / f"pets.{suffix}", table(**{name: range(ROWS)}).drop(["id"])
+    parquet.write_table(rows, file) if suffix == "parquet" else csv.write_csv(rows, file)
+    with pytest.raises(DataError, match=rf"column '{name}' is the numbers of rows that pandas writes.*data.drop"):
+        load_table(TableConfig(file=file, target="species"))
+    assert load_table(TableConfig(file=file, target="species", drop=(name,))).spec.features == ("height", "count", "flat")
+
+
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"needs pyarrow: pip install 'hbll-anytime\[data\]'"):
