@@ -161,8 +161,8 @@ def read_text(folder: Path) -> Text:
         return _cut(_join(files), description)
     if empty := [name for name, members in by_split.items() if not members]:
         raise ConfigError(
-            f"{folder} has files for some splits and none for {', '.join(empty)}: have the word train, valid or test in the "
-            "names of all, as in wiki.valid.raw, or of none"
+            f"{folder} has files for some splits and none for {', '.join(empty)}: have the word train, valid or test in "
+            "the names of all, as in wiki.valid.raw, or of none"
         )
     return Text(description, **{name: _join(members) for name, members in by_split.items()})
 

@@ -84,8 +84,9 @@ class History:
     @property
     def best(self) -> int:
         """The index of the row with the best mean validation accuracy of the watched paths, the first of equals."""
-        means = [sum(float(row[name]) for name in row.keys() - _NOT_PATHS) for row in self.rows]
-        return means.index(max(means))
+        # Rounded once, whatever the order: else equal rows differ in their last digit, and that decides.
+        sums = [math.fsum(float(value) for name, value in row.items() if name not in _NOT_PATHS) for row in self.rows]
+        return sums.index(max(sums))
 
     def is_stale(self, patience: int | None) -> bool:
         """Whether the last `patience` validations were no better than one before them."""

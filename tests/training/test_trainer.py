@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from training.dataset import Dataset
 from training.digits import load_digits
 from training.evaluate import score_paths
 from training.lock import alone_in
-from training.trainer import LOG_FILE, Report, TrainingDiverged, learning_rate, train
+from training.trainer import LOG_FILE, History, Report, TrainingDiverged, learning_rate, train
 
 SHORT = TrainConfig(budget=6, evaluations=3, hbll_share=0.5)
 
@@ -126,6 +127,14 @@ def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path, dig
     left.touch()
     train(config, tmp_path, digits, lambda _: None)
     assert not left.exists()
+
+
+def test_of_equal_validations_the_first_is_the_best() -> None:
+    """Bug found: sums in the order of a set, another in each process, told rows of the same accuracies apart."""
+    shares = [f"{share / 1000:.4f}" for share in range(701, 726)]
+    rng = np.random.default_rng(0)
+    rows = [{f"1-{n}": share for n, share in enumerate(rng.permutation(shares).tolist())} for _ in range(30)]
+    assert History(Path("log.csv"), rows).best == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, digits: Dataset) -> None:
