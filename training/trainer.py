@@ -137,7 +137,7 @@ def train(
         )
     family = family or build_family(config.model, settings.seed, data.spec)
     _require_fit(family, data)
-    family = family.to(team.device)
+    family = family.to(team.device).train()
     run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         if team.leads:

@@ -162,6 +162,14 @@ def test_training_with_dropout_is_repeated_exactly_and_loads_again(tmp_path: Pat
     assert (again.config, again.progress) == (a.config, a.progress)
 
 
+def test_a_family_that_comes_ready_for_evaluation_is_trained_with_its_dropout(tmp_path: Path, blobs: Dataset) -> None:
+    """Bug found: until the first validation it was trained without."""
+    settings = {"budget": 4, "batch": 16, "evaluations": 1}
+    a = train_family(small(dropout=0.3), blobs, tmp_path / "a", **settings).family.state_dict()
+    b = train_family(small(dropout=0.3).eval(), blobs, tmp_path / "b", **settings).family.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 class Killed(Exception):
     """Stands for a kill between two steps."""
 
