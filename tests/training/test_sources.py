@@ -74,10 +74,14 @@ def test_a_table_becomes_standardised_features_and_named_classes(tmp_path: Path,
         ({"count": ["1"] * 3 + ["many"] * 97}, r"column 'count', row 4: expected a number, got 'many' \(string\)"),
         ({"species": ["cat"] * 99 + [None]}, r"column 'species', row 100: a value is missing"),
         ({"species": [1.5] * 100}, r"column 'species', row 1: expected a class, a whole number or text, got 1.5"),
+        (
+            {"species": [1.0, float("inf")] * 50},
+            r"column 'species', row 2: expected a class, a whole number or text, got inf",
+        ),
         ({"species": list(range(100))}, r"class '0' has 1 rows, too few .* this is no regression"),
         ({"species": ["cat"] * 100}, r"expected at least two classes, got cat"),
     ],
-    ids=["null", "inf", "text", "no-class", "numbers", "regression", "one"],
+    ids=["null", "inf", "text", "no-class", "numbers", "infinite-class", "regression", "one"],
 )
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_a_value_that_cannot_be_used_is_named_by_column_and_row(
@@ -116,6 +120,9 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
     (tmp_path / "twice.csv").write_text("a,a,y\n1,2,3\n")
     with pytest.raises(DataError, match="several columns 'a'"):
         load_table(TableConfig(file=tmp_path / "twice.csv", target="y"))
+    (tmp_path / "utf16.csv").write_bytes(b"\xff\xfe\0a,y\n1,2\n")
+    with pytest.raises(DataError, match=r"utf16.csv: expected UTF-8"):
+        load_table(TableConfig(file=tmp_path / "utf16.csv", target="y"))
     with pytest.raises(DataError, match=r"cannot read the table .*missing.csv"):
         load_table(TableConfig(file=tmp_path / "missing.csv", target="y"))
 
@@ -197,6 +204,23 @@ def test_arrays_that_cannot_be_used_are_named(
     np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(DataError, match=rf"data.npz.*{message}"):
         load_arrays(ArraysConfig(file=tmp_path / "data.npz", **config))
+
+
+def test_an_archive_is_refused_whatever_of_it_is_damaged(tmp_path: Path) -> None:
+    """Bug found: zlib.error, NotImplementedError or tokenize.TokenError, by which bytes were wrong."""
+    whole, damaged = tmp_path / "whole.npz", tmp_path / "data.npz"
+    np.savez_compressed(whole, x=np.arange(80.0).reshape(40, 2), y=np.arange(40) % 2)
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        data = bytearray(whole.read_bytes())
+        for place in rng.integers(len(data), size=3):
+            data[place] = rng.integers(256)
+        damaged.write_bytes(data)
+        try:
+            load_arrays(ArraysConfig(file=damaged))
+        except DataError:
+            refused += 1
+    assert refused > 200
 
 
 @pytest.fixture
