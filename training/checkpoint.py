@@ -75,6 +75,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as exc:
+        exc.filename = exc.filename or str(path)  # a write has none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -45,6 +45,7 @@ from training.evaluate import PathScore, score_paths, watched_paths
 from training.lock import alone_in
 from training.methods import METHODS, Context, trained_paths
 from training.model import Family, build_family
+from training.objective import Step
 from training.shapes import shapes_of
 
 LOG_FILE = "log.csv"
@@ -121,7 +122,7 @@ def train(
 
     Raises:
         ConfigError: `run` holds another run, another process trains there, resuming would change its configuration, the
-            model does not fit the data, or `team` cannot divide its steps.
+            model does not fit the data, `team` cannot divide its steps, or batch normalisation gets a row alone.
         ShapeError: the modules of the family do not fit each other.
         CheckpointError: the checkpoint to resume from is damaged.
         TeamError: a rank is lost, or does not see the others' files.
@@ -166,7 +167,7 @@ def train(
             x, y = x[rows].to(team.device), y[rows].to(team.device)
             gradients.zero_()
             with torch.autocast(team.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                step = method.step(Context(settings, family, rng, generator, team), x, y)
+                step = _step(Context(settings, family, rng, generator, team), x, y)
             loss = team.sum(gradients, step.loss).item()
             _require_finite(loss, "loss", progress.steps, family, x)
             if settings.clip is not None:
@@ -194,6 +195,19 @@ def train(
         if settings.patience:
             load_checkpoint(run, family, name=BEST_FILE)
     return family.cpu().eval()
+
+
+def _step(context: Context, x: Tensor, y: Tensor) -> Step:
+    settings = context.settings
+    try:
+        return METHODS[settings.method].step(context, x, y)
+    except ValueError as exc:
+        if "more than 1 value per channel" not in str(exc):
+            raise
+        raise ConfigError(
+            f"batch normalisation needs two rows, and a step of {settings.method} runs one alone ({exc}): of train.batch "
+            f"{settings.batch} each of train.chains {settings.chains} gets a share; take a larger batch or fewer chains"
+        ) from exc
 
 
 def _require_divisible(settings: TrainConfig, team: Team) -> None:

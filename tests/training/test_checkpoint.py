@@ -3,13 +3,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hbll.cli import main
 from tests.conftest import SMALL_VIT, Trained
 from training.checkpoint import (
     CHECKPOINT_FILE,
@@ -115,10 +118,33 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"):
         write_atomically(file, b"after")
     assert file.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_ends_a_run_in_a_sentence_and_it_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug found: a traceback."""
+    arguments = ["train", "--out", str(tmp_path), "--budget", "2", "--set", "model.kind=mlp", "--set", "model.width=8"]
+    sync, synced = os.fsync, list[int]()
+
+    def full_later(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) > 9:  # of data.json, config.json, and of each checkpoint, log and all
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_later)
+    full = CliRunner().invoke(main, arguments)
+    assert full.exit_code == 1
+    assert re.search(r"Error: cannot write \S+: No space left on device. .* --resume", " ".join(full.output.split()))
+    monkeypatch.setattr(os, "fsync", sync)
+    assert 0 < load_family(tmp_path)[2].evaluations < 2 * 3000
+    done = CliRunner().invoke(main, [*arguments, "--resume"])
+    assert done.exit_code == 0, done.output
 
 
 def test_two_processes_may_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,13 @@ def test_batch_norm_may_be_in_the_embedding() -> None:
     Family(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), [Block(6)], nn.Linear(6, 3))
 
 
+def test_a_chain_of_one_row_is_too_short_for_batch_norm(tmp_path: Path, blobs: Dataset) -> None:
+    """Bug found: torch's own words for it, without the setting that makes it so."""
+    family = Family(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), [Block(6) for _ in range(3)], nn.Linear(6, 3))
+    with pytest.raises(ConfigError, match=r"needs two rows.*of train.batch 6 each of train.chains 4 gets a share"):
+        train_family(family, blobs, tmp_path, method="chains", budget=1, batch=6, chains=4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
