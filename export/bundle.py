@@ -292,6 +292,10 @@ def _put_leftovers_right(target: FilePath) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether another process has this number. What bears our own is left by one that had it before: in a container, where
+    numbers begin anew, the next export often has the same."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

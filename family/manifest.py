@@ -13,11 +13,13 @@ truncated, edited or missing file is found before anything is served.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import stat
 from functools import cached_property
 from pathlib import Path as FilePath
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -241,9 +243,9 @@ def file_name(path: Path) -> str:
 
 
 def sha256_of(file: FilePath) -> str:
-    """Hash a file without holding it in memory."""
+    """Hash a regular file without holding it in memory."""
     digest = hashlib.sha256()
-    with file.open("rb") as opened:
+    with _open_regular(file) as opened:
         while chunk := opened.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -296,18 +298,25 @@ def check_files(bundle: FilePath, manifest: Manifest) -> None:
             )
 
 
+def _open_regular(file: FilePath) -> BinaryIO:
+    """Open what has an end: reading a pipe or a device, or a link to one, might never come back."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+    return file.open("rb")
+
+
 def _read(file: FilePath) -> dict[str, object]:
     try:
-        size = file.stat().st_size
-        text = file.read_text(encoding="utf-8") if size <= _MAX_MANIFEST_BYTES else None
-        content = json.loads(text) if text is not None else None
+        with _open_regular(file) as opened:
+            data = opened.read(_MAX_MANIFEST_BYTES + 1)
+        content = json.loads(data.decode()) if len(data) <= _MAX_MANIFEST_BYTES else None
         json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair reads as JSON and is no text
     except FileNotFoundError as exc:
         raise BundleError(f"{file} is missing: {file.parent} is no bundle (`hbll export` writes one)") from exc
     except (OSError, ValueError, RecursionError) as exc:
         raise BundleError(f"{file} cannot be read as JSON: {exc}") from exc
-    if text is None:
-        raise BundleError(f"{file}: expected at most {_MAX_MANIFEST_BYTES} bytes, got {size}")
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{file}: expected at most {_MAX_MANIFEST_BYTES} bytes, got more")
     if not isinstance(content, dict):
         raise BundleError(f"{file}: expected a JSON object")
     return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -47,16 +46,14 @@ def load_arrays(config: ArraysConfig) -> Dataset:
 
 def _open(file: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            if missing := sorted({"x", "y"} - set(archive)):
-                raise DataError(
-                    f"{file} lacks {' and '.join(missing)}: expected the arrays x and y, got {', '.join(archive)}"
-                )
-            x, y = archive["x"], archive["y"]
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as exc:
-        if isinstance(exc, DataError):
-            raise
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            names = list(archive)
+            arrays = {name: archive[name] for name in ("x", "y") if name in names}
+    except Exception as exc:  # of zipfile, zlib, tokenize and numpy, whatever damaged bytes are to each
         raise DataError(f"{file} is no .npz file of plain arrays (numpy.savez writes one): {exc}") from exc
+    if missing := sorted({"x", "y"} - arrays.keys()):
+        raise DataError(f"{file} lacks {' and '.join(missing)}: expected the arrays x and y, got {', '.join(names)}")
+    x, y = arrays["x"], arrays["y"]
     if x.ndim < 2 or y.shape != x.shape[:1]:
         raise DataError(
             f"{file}: expected x of (rows, ...) and y of (rows,), got shapes {list(x.shape)} and {list(y.shape)}"

@@ -21,8 +21,12 @@ _LOG_TEMPERATURE_RANGE = (-3.0, 3.0)
 def fit_temperature(logits: Logits, labels: Labels) -> float:
     """The temperature T that minimises the cross-entropy of `softmax(logits / T)`, within e**-3 .. e**3.
 
+    1 where all rows are answered right: then any lower temperature fits them better still, and says nothing of other rows.
+
     `logits` is `(rows, classes)`, `labels` `(rows,)`.
     """
+    if (logits.argmax(axis=1) == labels).all():
+        return 1.0
 
     def loss(log_temperature: float) -> float:
         return cross_entropy(logits / np.exp(log_temperature), labels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -66,16 +67,26 @@ def trainable(family: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Make `path` hold `data`, or leave it as it was: written beside it, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is overwritten
+    """Make `path` hold `data`, or leave it as it was: written beside it, synced, renamed. Of two writers the last wins."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as exc:
+        exc.filename = exc.filename or str(path)  # a write has none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what processes that were killed while they wrote a checkpoint left; for who holds the folder."""
+    for file in (BEST_FILE, CHECKPOINT_FILE):
+        for left in run.glob(f".{file}.*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def save_config(run: Path, config: RunConfig) -> None:
@@ -125,7 +136,11 @@ def save_checkpoint(
     run: Path, family: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, best: bool = False
 ) -> None:
     """Write weights, optimizer moments and progress as one file, and a second time as the best so far."""
-    tensors = {_MODEL + name: tensor.detach().contiguous() for name, tensor in family.state_dict().items()}
+    # safetensors refuses tensors that share memory, as a buffer does that several blocks were given.
+    tensors = {
+        _MODEL + name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in family.state_dict().items()
+    }
     for name, parameter in family.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{_OPTIMIZER}{name}.{key}"] = value
@@ -161,7 +176,7 @@ def load_checkpoint(
                 prefix = f"{_OPTIMIZER}{name}."
                 state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
                 _check_moments(name, parameter, state)
-                optimizer.state[parameter] = state
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
     except (RuntimeError, KeyError, ValueError) as exc:
         raise CheckpointError(f"{file} does not fit the configuration beside it: {exc}") from exc
     return progress

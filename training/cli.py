@@ -163,6 +163,11 @@ def train(
             return
         with join(device, tree_ranks) as team:
             family = train_with_bar(run, out, data, family=family, resume=resume, team=team)
+    except OSError as exc:
+        raise click.ClickException(
+            f"cannot write {exc.filename or out}: {exc.strerror or exc}. What was written before is intact: once that "
+            "is mended, go on with --resume"
+        ) from exc
     except (ConfigError, CheckpointError, DataError, ShapeError, TeamError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     if not team.leads:

@@ -12,7 +12,8 @@ Learning rates can be chosen for every method, and for every separate network, b
 of their own, on validation data.
 
 A run that is finished is not run again, and one that was killed goes on, so a comparison can be stopped, or shared among
-processes by seeds, and reported when all is there. What came out is told by `training.report`.
+processes by seeds, and reported when all is there. One that another process is at, as with the tuning runs that all of them
+want, is waited for. What came out is told by `training.report`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path as FilePath
 from family.tree import Path, Tree, format_path
 from training.assessment import METRICS_FILE, PathMetrics, assess, read_metrics, write_metrics
 from training.checkpoint import CheckpointError, load_run_config
-from training.config import MethodName, RunConfig, parse_config
+from training.config import ConfigError, MethodName, RunConfig, parse_config
 from training.dataset import Dataset
 from training.methods import METHODS, steps_of, trained_paths
 from training.report import Matched, Record
@@ -66,8 +67,12 @@ def plan(
     """All runs, seed by seed; only `base`'s method, blocks, seed, budget and learning rate are replaced.
 
     Raises:
-        ConfigError: a method or seed cannot be.
+        ConfigError: a method or seed cannot be, or runs could end before their budgets are spent.
     """
+    if base.train.patience is not None:
+        raise ConfigError(
+            "train.patience lets each run stop when it likes, and a comparison is of runs that do equal work: leave it out"
+        )
     tree = Tree(base.model.hierarchy_depth)
     sizes = separate_blocks(tree)
     epochs = base.train.budget / sum(sizes)
@@ -124,7 +129,7 @@ def choose_rates(
 
 
 def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None]) -> list[Record]:
-    """Train and measure one run in its folder under `out`, or read it if it is there already.
+    """Train and measure one run in its folder under `out`, or read it if it is there already or another process is at it.
 
     Raises:
         ConfigError: the folder holds a run of another configuration.
@@ -134,7 +139,9 @@ def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None
     folder = out / "runs" / job.name
     if _is_finished(folder, job.config):
         return _records(job, read_metrics(folder))
-    family = train(job.config, folder, data, on_step, resume=True)
+    family = train(job.config, folder, data, on_step, resume=True, wait=True)
+    if _is_finished(folder, job.config):  # by the other process that it waited for
+        return _records(job, read_metrics(folder))
     metrics = assess(family, data, trained_paths(job.config, family.tree, tuple(family.tree.paths()))).paths
     write_metrics(folder, metrics)
     return _records(job, metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,6 +61,15 @@ class SplitConfig(Section):
                 raise ValueError(f"{name} must be a share between 0 and 1, or a path, got {share:g}")
         if sum(self.shares.values()) >= 1:
             raise ValueError(f"the shares of {', '.join(self.shares)} must leave rows to train on, got a sum of 1 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_lie_apart(self) -> SplitConfig:
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        places: dict[str, str] = {}
+        for name, path in given.items():
+            if isinstance(path, Path) and (other := places.setdefault(os.path.realpath(path), name)) != name:
+                raise ValueError(f"{other} and {name} must be different places, got {path} for both: rows would be in both")
         return self
 
 

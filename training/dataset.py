@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ class DataSpec(BaseModel):
 
     `input_shape` is that of one row, `labels` are the names of the classes in the order of their numbers, `features` the
     names of the columns of a table. `normalisation` is for the embedding, so that clients send plain values. Rows of
-    tokens have none, and a `vocabulary`: they are whole numbers below it, int64 where other rows are float32.
+    tokens have none, and a `vocabulary`: they are whole numbers below it, int64 where other rows are float32. `digests` of
+    the splits are what a run keeps to know its data again; runs from before there were any have none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -35,6 +37,7 @@ class DataSpec(BaseModel):
     vocabulary: int | None = None
     image: ImageInput | None = None
     features: tuple[str, ...] | None = None
+    digests: dict[str, str] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> DataSpec:
@@ -87,6 +90,14 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        """SHA-256 of all rows and labels."""
+        digest = hashlib.sha256()
+        for tensor in (self.x, self.labels):
+            digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().reshape(-1).data)
+        return digest.hexdigest()
+
 
 Augmentation = Callable[[Tensor, np.random.Generator], Tensor]
 """Changes a training batch `(rows, *input_shape)`, each row in its own way; the shape stays."""
@@ -108,3 +119,18 @@ class Dataset:
     spec: DataSpec
     source: DataConfig
     augment: Augmentation = unchanged
+
+    def spec_to_keep(self) -> DataSpec:
+        """The description, with digests of the splits."""
+        splits = {name: getattr(self, name) for name in ("train", "validation", "certification", "test")}
+        return self.spec.model_copy(update={"digests": {name: split.digest() for name, split in splits.items()}})
+
+    def changes_since(self, kept: DataSpec) -> str | None:
+        """What differs from the data that `kept` describes, as half a sentence; none: nothing that is known."""
+        now = self.spec_to_keep()
+        if now.model_copy(update={"digests": kept.digests}) != kept:
+            return "their shape, labels, columns or means differ"
+        if kept.digests is None or now.digests == kept.digests:
+            return None
+        changed = [name for name, digest in (now.digests or {}).items() if kept.digests.get(name) != digest]
+        return f"the rows or labels of {', '.join(changed)} differ"

@@ -187,9 +187,12 @@ _LAUNCHED = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 def gradient_buffer(family: nn.Module) -> Tensor:
     """One zeroed tensor of which all gradients of `family` become views, so that one call sums them all.
 
-    `(parameters + 1,) float32`: the last place is for the loss.
+    `(parameters + 1,) float32`: the last place is for the loss. A parameter that lies in memory in another order, such as a
+    transposed one, gets that of its gradient: AdamW's fused kernel goes through both alike, and does not look.
     """
     parameters = [parameter for parameter in family.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.contiguous()
     buffer = torch.zeros(sum(p.numel() for p in parameters) + 1, device=parameters[0].device)
     pieces = buffer[:-1].split([p.numel() for p in parameters])
     for parameter, piece in zip(parameters, pieces, strict=True):

@@ -137,7 +137,8 @@ def _local_losses(
         loss = loss + F.mse_loss(predictions, targets, reduction="sum") / (batch * math.prod(features))
     loss.backward()
     assert leaf.grad is not None
-    activations.backward(leaf.grad)
+    if activations.requires_grad:  # not where all that is before them is frozen
+        activations.backward(leaf.grad)
     return leaf, loss.detach()
 
 
@@ -164,7 +165,7 @@ def chains_step(family: Family, chains: Iterable[tuple[Path, slice]], x: Tensor,
         first, last = (min(max(row, mine.start), mine.stop) - mine.start for row in (of_path.start, of_path.stop))
         if first < last:
             part = _chain_loss(family, path, x[first:last], y[first * labels : last * labels]) * ((last - first) / len(x))
-            part.backward()
+            _backward(part)
             loss += part.detach()
     return Step(loss, evaluations / team.data_ranks)
 
@@ -186,7 +187,7 @@ def ladder_step(family: Family, x: Tensor, y: Tensor) -> Step:
     """
     ladder = family.tree.ladder[-1]
     loss = torch.stack([F.cross_entropy(logits, y) for logits in _exits(family, ladder, x)]).sum()
-    loss.backward()
+    _backward(loss)
     return Step(loss.detach(), len(ladder) * len(y))
 
 
@@ -204,8 +205,14 @@ def _exits(family: Family, path: Path, x: Tensor) -> list[Tensor]:
 def path_step(family: Family, path: Path, x: Tensor, y: Tensor) -> Step:
     """Ordinary backpropagation through one path, with the loss of its last state alone."""
     loss = F.cross_entropy(family(x, path), y)
-    loss.backward()
+    _backward(loss)
     return Step(loss.detach(), len(path) * len(y))
+
+
+def _backward(loss: Tensor) -> None:
+    """Backpropagate, unless the user has frozen all that the loss reaches."""
+    if loss.requires_grad:
+        loss.backward()
 
 
 def contrastive_step(family: Family, path: Path, x: Tensor, y: Tensor) -> Step:
@@ -227,11 +234,11 @@ def contrastive_step(family: Family, path: Path, x: Tensor, y: Tensor) -> Step:
         features = state.mean(dim=1) if state.ndim == 3 else state.flatten(1)
         first, last = CONTRAST_MARGINS
         loss = contrastive_loss(features, y, first + (last - first) * layer / max(1, len(path) - 1))
-        loss.backward()
+        _backward(loss)
         total += loss.detach()
         state = state.detach()
     loss = F.cross_entropy(family.head_at(path[-1])(state), y)
-    loss.backward()
+    _backward(loss)
     return Step(total + loss.detach(), len(path) * len(y))
 
 

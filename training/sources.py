@@ -40,10 +40,10 @@ def load_data_of(run: Path, config: DataConfig) -> Dataset:
         DataError: they cannot be read, or are others by now.
     """
     data = load_data(config)
-    if data.spec != load_spec(run):
+    if changes := data.changes_since(load_spec(run)):
         raise DataError(
-            f"{data.spec.description}: these are not the data that {run} was trained on: their shape, labels, columns or "
-            "means differ. Scores on them would mix rows that it has seen with others: restore the data, or train again"
+            f"{data.spec.description}: these are not the data that {run} was trained on: {changes}. Scores on them would "
+            "mix rows that it has seen with others: restore the data, or train again"
         )
     return data
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,9 @@ from training.splits import Rows, load_splits
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_ROW_NUMBERS = re.compile(r"(__index_level_\d+__)?")
+"""Names of columns in which pandas writes its index, to Parquet and, without a name, to CSV."""
 
 
 def load_table(config: TableConfig) -> Dataset:
@@ -48,6 +53,11 @@ def _features(table: pa.Table, config: TableConfig) -> tuple[str, ...]:
             f"{config.file} has no column {', '.join(map(repr, unknown))}, but {', '.join(map(repr, table.column_names))}"
         )
     features = tuple(name for name in table.column_names if name not in (config.target, *config.drop))
+    if numbers := [name for name in features if _ROW_NUMBERS.fullmatch(name)]:
+        raise DataError(
+            f"{config.file}: column {numbers[0]!r} is the numbers of rows that pandas writes along, which no model should "
+            "learn from: write the table with index=False, or name the column in data.drop"
+        )
     if not features:
         raise DataError(f"{config.file}: expected columns of numbers beside {config.target!r}, got none")
     return features
@@ -67,9 +77,12 @@ def _read(file: Path) -> pa.Table:
                 table = csv.read_csv(file, convert_options=csv.ConvertOptions(strings_can_be_null=True))
             case other:
                 raise DataError(f"{file}: expected a .parquet or .csv file, got {other or 'no suffix'}")
+        names = table.column_names
+    except UnicodeDecodeError as exc:
+        raise DataError(f"cannot read the table {file}: expected UTF-8, got names of columns in something else") from exc
     except (OSError, pa.ArrowException) as exc:
         raise DataError(f"cannot read the table {file}: {exc}") from exc
-    if twice := sorted({name for name in table.column_names if table.column_names.count(name) > 1}):
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{file} has several columns {', '.join(map(repr, twice))}: give each a name of its own")
     return table
 
@@ -115,7 +128,7 @@ def _classes(table: pa.Table, name: str, file: Path) -> NDArray[np.generic]:
     values: list[Any] = _column(table, name, file).to_pylist()
     if all(isinstance(value, (int, float)) for value in values):
         for row, value in enumerate(values, start=1):
-            if value != value or value != int(value):
+            if not math.isfinite(value) or value != int(value):
                 raise DataError(
                     f"{file}, column {name!r}, row {row}: expected a class, a whole number or text, got {value}: numbers "
                     "are not predicted here, only classes"

@@ -5,6 +5,7 @@ The embedded text is the documentation of Python's own help(), English prose wit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ WINDOWS = 1000
 """Rows of a split, at most, where windows are rows; those of a short text overlap."""
 BYTE_LABELS = tuple(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in range(256))
 """A byte as text: itself if it is printable ASCII, else as in `\\x0a`."""
-_FILE_MARKS = {"train": "train", "validation": "valid", "test": "test"}
+_FILE_MARKS = {"train": {"train", "training"}, "validation": {"valid", "validation"}, "test": {"test"}}
+"""Words in the name of a file that is of one split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +146,23 @@ def read_text(folder: Path) -> Text:
     their text is cut 90 / 5 / 5.
 
     Raises:
-        ConfigError: there are no such files, a split is missing, or one is not UTF-8.
+        ConfigError: there are no such files, a split is missing, a file is named for two, or one is not UTF-8.
     """
     suffixes = {".txt", ".raw", ".tokens", ".md"}
     files = sorted(file for file in folder.glob("*") if file.suffix in suffixes and file.is_file())
     if not files:
         raise ConfigError(f"{folder} holds no text: expected files that end in {', '.join(sorted(suffixes))}")
     description = f"{len(files)} text file(s), {sum(file.stat().st_size for file in files):,} bytes"
-    by_split = {name: [file for file in files if mark in file.name] for name, mark in _FILE_MARKS.items()}
+    words = {file: set(re.split(r"[^a-z]+", file.name.lower())) for file in files}
+    by_split = {name: [file for file in files if words[file] & marks] for name, marks in _FILE_MARKS.items()}
+    if twice := [file for file in files if sum(file in members for members in by_split.values()) > 1]:
+        raise ConfigError(f"{twice[0]} is named for several splits: leave one of train, valid and test in its name")
     if not any(by_split.values()):
         return _cut(_join(files), description)
     if empty := [name for name, members in by_split.items() if not members]:
         raise ConfigError(
-            f"{folder} has files for some splits and none for {', '.join(empty)}: name them *train*, *valid* and *test*, "
-            "or none of them so"
+            f"{folder} has files for some splits and none for {', '.join(empty)}: have the word train, valid or test in "
+            "the names of all, as in wiki.valid.raw, or of none"
         )
     return Text(description, **{name: _join(members) for name, members in by_split.items()})
 

@@ -12,7 +12,7 @@ import csv
 import io
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from training.checkpoint import (
     load_checkpoint,
     load_run_config,
     load_spec,
+    remove_leftovers,
     save_checkpoint,
     save_config,
     save_spec,
@@ -37,12 +38,14 @@ from training.checkpoint import (
     write_atomically,
 )
 from training.config import ConfigError, GptConfig, RunConfig, TrainConfig, describe_changes
-from training.dataset import Augmentation, Dataset, DataSpec, Split
+from training.dataset import Augmentation, Dataset, Split
 from training.diagnosis import diagnose
 from training.distributed import ALONE, Team, gradient_buffer
 from training.evaluate import PathScore, score_paths, watched_paths
+from training.lock import alone_in
 from training.methods import METHODS, Context, trained_paths
 from training.model import Family, build_family
+from training.objective import Step
 from training.shapes import shapes_of
 
 LOG_FILE = "log.csv"
@@ -82,8 +85,9 @@ class History:
     @property
     def best(self) -> int:
         """The index of the row with the best mean validation accuracy of the watched paths, the first of equals."""
-        means = [sum(float(row[name]) for name in row.keys() - _NOT_PATHS) for row in self.rows]
-        return means.index(max(means))
+        # Rounded once, whatever the order: else equal rows differ in their last digit, and that decides.
+        sums = [math.fsum(float(value) for name, value in row.items() if name not in _NOT_PATHS) for row in self.rows]
+        return sums.index(max(sums))
 
     def is_stale(self, patience: int | None) -> bool:
         """Whether the last `patience` validations were no better than one before them."""
@@ -107,16 +111,18 @@ def train(
     *,
     family: Family | None = None,
     resume: bool = False,
+    wait: bool = False,
     team: Team = ALONE,
 ) -> Family:
     """Train a family into the folder `run` and return it: one that `config` describes, or the given one, freshly built.
 
     The folder gets `config.json`, `data.json`, `checkpoint.safetensors`, `best.safetensors`, `log.csv` and
     TensorBoard events. With `resume` a run that was killed goes on from its last checkpoint (or starts, where it has none).
+    With `wait` another process that trains in the folder is let end first.
 
     Raises:
-        ConfigError: `run` holds another run, resuming would change its configuration, the model does not fit the data, or
-            `team` cannot divide its steps.
+        ConfigError: `run` holds another run, another process trains there, resuming would change its configuration, the
+            model does not fit the data, `team` cannot divide its steps, or batch normalisation gets a row alone.
         ShapeError: the modules of the family do not fit each other.
         CheckpointError: the checkpoint to resume from is damaged.
         TeamError: a rank is lost, or does not see the others' files.
@@ -132,19 +138,23 @@ def train(
         )
     family = family or build_family(config.model, settings.seed, data.spec)
     _require_fit(family, data)
-    family = family.to(team.device)
-    _claim(run, config, data.spec, resume, team)
-    parameters = list(trainable(family).values())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    gradients = gradient_buffer(family)  # a block that no step has visited yet has moments like the others
-    progress = load_checkpoint(run, family, optimizer) if (run / CHECKPOINT_FILE).exists() else Progress()
-    team.require_agreement(progress.steps, f"checkpoint, in a folder {run} that all of them share (this is its step)")
-    history = History.read(run / LOG_FILE, progress.steps)
-    paths = trained_paths(config, family.tree, watched_paths(family.tree))
-    budget = max(1, round(settings.budget * len(data.train)))
-    generator = torch.Generator()
+    family = family.to(team.device).train()
+    run.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        if team.leads:
+            held.enter_context(alone_in(run, wait=wait))
+        _claim(run, config, data, resume, team)
+        parameters = list(trainable(family).values())
+        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        gradients = gradient_buffer(family)  # a block that no step has visited yet has moments like the others
+        progress = load_checkpoint(run, family, optimizer) if (run / CHECKPOINT_FILE).exists() else Progress()
+        team.require_agreement(progress.steps, f"checkpoint, in a folder {run} that all of them share (this is its step)")
+        history = History.read(run / LOG_FILE, progress.steps)
+        paths = trained_paths(config, family.tree, watched_paths(family.tree))
+        budget = max(1, round(settings.budget * len(data.train)))
+        generator = torch.Generator()
+        board = held.enter_context(_board(run, progress, team))
 
-    with _board(run, progress, team) as board:
         while progress.evaluations < budget and not history.is_stale(settings.patience):
             share = progress.evaluations / budget
             rng = np.random.default_rng([settings.seed, progress.steps, 1])
@@ -157,7 +167,7 @@ def train(
             x, y = x[rows].to(team.device), y[rows].to(team.device)
             gradients.zero_()
             with torch.autocast(team.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                step = method.step(Context(settings, family, rng, generator, team), x, y)
+                step = _step(Context(settings, family, rng, generator, team), x, y)
             loss = team.sum(gradients, step.loss).item()
             _require_finite(loss, "loss", progress.steps, family, x)
             if settings.clip is not None:
@@ -182,9 +192,22 @@ def train(
             if board:
                 board.add_scalar("train/loss", loss, progress.steps)
             on_step(Report(progress.steps, min(1.0, done), loss, scores))
-    if settings.patience:
-        load_checkpoint(run, family, name=BEST_FILE)
+        if settings.patience:
+            load_checkpoint(run, family, name=BEST_FILE)
     return family.cpu().eval()
+
+
+def _step(context: Context, x: Tensor, y: Tensor) -> Step:
+    settings = context.settings
+    try:
+        return METHODS[settings.method].step(context, x, y)
+    except ValueError as exc:
+        if "more than 1 value per channel" not in str(exc):
+            raise
+        raise ConfigError(
+            f"batch normalisation needs two rows, and a step of {settings.method} runs one alone ({exc}): of train.batch "
+            f"{settings.batch} each of train.chains {settings.chains} gets a share; take a larger batch or fewer chains"
+        ) from exc
 
 
 def _require_divisible(settings: TrainConfig, team: Team) -> None:
@@ -262,12 +285,11 @@ class _Batches:
         return self._augment(self._train.x[rows], rng), self._train.labels[rows]
 
 
-def _claim(run: Path, config: RunConfig, spec: DataSpec, resume: bool, team: Team) -> None:
+def _claim(run: Path, config: RunConfig, data: Dataset, resume: bool, team: Team) -> None:
     """Make the run's folder ours: a new one, or with `resume` the one that the same configuration started.
 
     All ranks look, so that all refuse; one writes.
     """
-    run.mkdir(parents=True, exist_ok=True)
     if (run / CHECKPOINT_FILE).exists() or ((run / CONFIG_FILE).exists() and resume):
         if not resume:
             raise ConfigError(f"{run} already holds a run: add --resume to go on with it, or choose another --out")
@@ -276,10 +298,11 @@ def _claim(run: Path, config: RunConfig, spec: DataSpec, resume: bool, team: Tea
             raise ConfigError(
                 f"{run} was started with another configuration, {describe_changes(before, config)}: resume it with the same"
             )
-        if load_spec(run) != spec:
-            raise ConfigError(f"{run} was started with other data; restore them, or choose another --out")
+        if changes := data.changes_since(load_spec(run)):
+            raise ConfigError(f"{run} was started with other data, {changes}: restore them, or choose another --out")
     if team.leads:
-        save_spec(run, spec)
+        remove_leftovers(run)
+        save_spec(run, data.spec_to_keep())
         save_config(run, config)
 
 

@@ -146,13 +146,23 @@ def test_a_bundle_that_a_killed_replacement_put_aside_comes_back(trained: Traine
     shutil.copytree(trained.bundle, tmp_path / f".1.{ended.pid}.old")
     (tmp_path / f".1.{ended.pid}.new").mkdir()
     (tmp_path / f".1.5.{ended.pid}.new").mkdir()  # of another target, 1.5
-    (tmp_path / f".1.{os.getpid()}.new").mkdir()  # of a live process
+    (tmp_path / f".1.{os.getppid()}.new").mkdir()  # of a live process
     loaded = (*load_family(trained.run), load_origin(trained.run))
     with pytest.raises(BundleError, match="add --replace"):
         export_bundle(*loaded, digits, tmp_path / "1")
     check_files(tmp_path / "1", trained.manifest)
     left = {file.name for file in tmp_path.iterdir()}
-    assert left == {"1", f".1.5.{ended.pid}.new", f".1.{os.getpid()}.new"}
+    assert left == {"1", f".1.5.{ended.pid}.new", f".1.{os.getppid()}.new"}
+
+
+def test_what_a_killed_process_of_our_number_left_is_not_ours(trained: Trained, digits: Dataset, tmp_path: Path) -> None:
+    """Bug found: in a container the next export has the same number, took the leftover for a live one's, and failed for ever."""
+    shutil.copytree(trained.bundle, tmp_path / f".1.{os.getpid()}.old")
+    (tmp_path / f".1.{os.getpid()}.new").mkdir()
+    loaded = (*load_family(trained.run), load_origin(trained.run))
+    export_bundle(*loaded, digits, tmp_path / "1", paths="4", replace=True)
+    assert list(load_manifest(tmp_path / "1").offered) == [(4,)]
+    assert [file.name for file in tmp_path.iterdir()] == ["1"]
 
 
 def test_a_failed_export_leaves_nothing(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,20 @@ def test_a_truncated_file_is_named(bundle: Path) -> None:
     (bundle / "weights.bin").write_bytes(b"w")
     with pytest.raises(BundleError, match=r"weights.bin is truncated or changed: expected SHA-256"):
         check_files(bundle, load_manifest(bundle))
+
+
+@pytest.mark.parametrize("name", ["weights.bin", MANIFEST_FILE])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_not_read(bundle: Path, name: str, kind: str) -> None:
+    """Bug found: a pipe was waited for, for ever, and a link to /dev/zero read until the memory was full."""
+    manifest = load_manifest(bundle)
+    (bundle / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(bundle / name)
+    else:
+        (bundle / name).symlink_to("/dev/full")  # of no length, like /dev/zero
+    with pytest.raises(BundleError, match=rf"{name} cannot be read.*no regular file"):
+        check_files(bundle, manifest if name != MANIFEST_FILE else load_manifest(bundle))
 
 
 def test_an_edited_manifest_is_refused(bundle: Path) -> None:

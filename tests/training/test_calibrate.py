@@ -26,6 +26,13 @@ def test_temperature_never_makes_the_fitted_loss_worse() -> None:
     assert cross_entropy(logits / fit_temperature(logits, labels), labels) <= cross_entropy(logits, labels)
 
 
+def test_rows_that_are_all_answered_right_say_nothing_of_the_temperature() -> None:
+    """Bug found: the fit went towards e**-3, and wrong answers on test data had confidences of 1."""
+    logits, labels = np.array([[2.0, 0, 0], [0, 1, 0], [0, 0, 3]]), np.arange(3)
+    assert fit_temperature(logits, labels) == 1
+    assert fit_temperature(np.vstack([logits, [[0.1, 0, 0]]]), np.array([0, 1, 2, 1])) != 1
+
+
 def test_calibration_error_by_hand() -> None:
     confidence = np.array([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
     correct = np.array([True, True, True, False, True, False])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,21 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, digits: Dataset) -> None:
     assert steps[0] > 1, "started again from nothing"
     assert len(records) == 4
     assert run(job, tmp_path, digits, lambda _: pytest.fail("trained again")) == records
+
+
+def test_a_run_that_another_process_is_at_is_waited_for(tmp_path: Path, digits: Dataset) -> None:
+    """Bug found: processes that share a folder, as the documentation has them do, both trained the tuning runs."""
+    job, steps = Job("work", TINY), list[int]()
+    with ThreadPoolExecutor(1) as pool:
+        others: list[Future[list[Record]]] = []
+
+        def start_another(_: Report) -> None:
+            if not others:
+                others.append(pool.submit(run, job, tmp_path, digits, lambda report: steps.append(report.step)))
+
+        records = run(job, tmp_path, digits, start_another)
+        assert others[0].result() == records
+    assert steps == []
 
 
 def test_a_run_of_another_configuration_is_neither_reused_nor_overwritten(tmp_path: Path, digits: Dataset) -> None:
@@ -177,6 +193,7 @@ def test_a_comparison_in_which_all_diverge_says_so(tmp_path: Path) -> None:
         (["--seeds", "-1"], "train.seed"),
         (["--rates", "1e-3,fast"], "expected learning rates with commas between them, got '1e-3,fast'"),
         (["--rates", "0"], "train.lr"),
+        (["--set", "train.patience=2"], "train.patience lets each run stop when it likes"),
     ],
 )
 def test_what_cannot_be_compared_is_named(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -118,6 +118,13 @@ def test_batch_norm_may_be_in_the_embedding() -> None:
     Family(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), [Block(6)], nn.Linear(6, 3))
 
 
+def test_a_chain_of_one_row_is_too_short_for_batch_norm(tmp_path: Path, blobs: Dataset) -> None:
+    """Bug found: torch's own words for it, without the setting that makes it so."""
+    family = Family(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), [Block(6) for _ in range(3)], nn.Linear(6, 3))
+    with pytest.raises(ConfigError, match=r"needs two rows.*of train.batch 6 each of train.chains 4 gets a share"):
+        train_family(family, blobs, tmp_path, method="chains", budget=1, batch=6, chains=4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,6 +169,14 @@ def test_training_with_dropout_is_repeated_exactly_and_loads_again(tmp_path: Pat
     assert (again.config, again.progress) == (a.config, a.progress)
 
 
+def test_a_family_that_comes_ready_for_evaluation_is_trained_with_its_dropout(tmp_path: Path, blobs: Dataset) -> None:
+    """Bug found: until the first validation it was trained without."""
+    settings = {"budget": 4, "batch": 16, "evaluations": 1}
+    a = train_family(small(dropout=0.3), blobs, tmp_path / "a", **settings).family.state_dict()
+    b = train_family(small(dropout=0.3).eval(), blobs, tmp_path / "b", **settings).family.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 class Killed(Exception):
     """Stands for a kill between two steps."""
 
@@ -190,6 +205,55 @@ def test_what_is_frozen_or_never_visited_resumes_too(tmp_path: Path, blobs: Data
         assert torch.equal(tensor, resumed.state_dict()[name]), name
         assert torch.equal(tensor, frozen().state_dict()[name]) or not name.startswith("embed"), name
     assert not torch.equal(whole.state_dict()["head.weight"], frozen().state_dict()["head.weight"])
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "modules"])
+@pytest.mark.parametrize("name", METHODS)
+def test_whatever_is_frozen_stays_and_the_rest_learns(name: MethodName, stacked: bool) -> None:
+    """Bug found: where a loss reached frozen parameters alone, `hbll`, `hbll+chains` and `cffm` ended in a traceback."""
+    settings = TrainConfig(method=name, blocks=1 if name in ("bp", "cffm") else None, hbll_share=1)
+    x, y = torch.rand(12, 4), torch.arange(12) % 3
+    for frozen in (("embed", "blocks.nodes.2"), ("blocks.nodes.1", "blocks.nodes.3"), ("embed", "blocks", "head")):
+        family = small()
+        if stacked:
+            spec = DIGITS.model_copy(update={"input_shape": (4,), "labels": ("a", "b", "c")})
+            family = build_family(ResMlpConfig(hierarchy_depth=2, width=6, hidden=6), 0, spec)
+        for each, parameter in family.named_parameters():
+            parameter.requires_grad_(not each.startswith(frozen))
+        context = Context(settings, family, np.random.default_rng(0), torch.Generator())
+        assert METHODS[name].step(context, x, y).loss.isfinite()
+        if not stacked:
+            assert all(p.requires_grad or p.grad is None for p in family.parameters())
+
+
+def test_transposed_parameters_learn_what_others_learn(tmp_path: Path, blobs: Dataset) -> None:
+    """Bug found: AdamW's fused kernel gave each weight the update of another one."""
+
+    def transposed() -> Family:
+        family = small()
+        for layer in family.blocks.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+        return family
+
+    settings = {"budget": 4, "batch": 16, "evaluations": 1, "lr": 1e-2, "warmup_steps": 0}
+    plain = train_family(small(), blobs, tmp_path / "plain", **settings).family.state_dict()
+    for name, tensor in train_family(transposed(), blobs, tmp_path / "transposed", **settings).family.state_dict().items():
+        torch.testing.assert_close(tensor, plain[name], atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_may_share_a_buffer(tmp_path: Path, blobs: Dataset) -> None:
+    """Bug found: safetensors refuses tensors that share memory, so the first checkpoint ended the run."""
+
+    def masked() -> Family:
+        family, mask = small(), torch.ones(6)
+        for node in family.tree.nodes:
+            family.blocks.module(node).register_buffer("mask", mask)
+        return family
+
+    train_family(masked(), blobs, tmp_path / "run", budget=1, batch=16, evaluations=1)
+    again = load_trained(tmp_path / "run", lambda _: masked())
+    assert torch.equal(again.family.blocks.get_buffer("nodes.2.mask"), torch.ones(6))
 
 
 def test_a_run_of_own_modules_is_not_rebuilt_without_them(tmp_path: Path, blobs: Dataset) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from hbll.cli import main
 from tests.training.test_trainer import Killed
 from training import reproduce
+from training.checkpoint import load_family, load_run_config
 from training.config import ConfigError, MlpConfig, TrainConfig
 from training.data_config import DigitsConfig
 from training.experiments import published
@@ -22,6 +23,8 @@ from training.experiments.recurrence import RnnTrial
 from training.experiments.report import figures, markdown, write_report
 from training.language import GptConfig
 from training.loop import Recipe
+from training.objective import hbll_evaluations
+from training.text import embedded_text
 from training.trainer import TrainingDiverged
 
 
@@ -200,6 +203,23 @@ def test_a_killed_trial_measures_what_an_uninterrupted_one_does(tmp_path: Path, 
     assert shares[0] > 0.4, "started again from nothing"
     assert resumed.cells == whole.cells
     assert type(trial).model_validate_json(trial.model_dump_json()) == trial
+
+
+def test_a_text_trial_keeps_the_settings_that_it_was_trained_with(tmp_path: Path) -> None:
+    """Bug found: config.json had defaults for all that the recipe decides."""
+    run_trial(_text_trial(), tmp_path)
+    _, family, progress = load_family(tmp_path / "runs" / "text")
+    settings = load_run_config(tmp_path / "runs" / "text").train
+    assert (settings.batch, settings.lr, settings.warmup_steps, settings.clip, settings.evaluations) == (
+        4,
+        0.01,
+        0,
+        None,
+        4,
+    )
+    assert (settings.method, settings.nudge) == ("hbll", 0)
+    assert settings.budget * len(embedded_text().train.encode()) == pytest.approx(progress.evaluations)
+    assert progress.evaluations == 6 * 4 * 8 * hbll_evaluations(family.tree)
 
 
 def test_a_recurrent_trial_reports_the_chain_and_the_trees_last_and_first_rung(tmp_path: Path) -> None:

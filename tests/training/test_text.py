@@ -70,6 +70,17 @@ def test_files_named_for_splits_are_those_splits(tmp_path: Path) -> None:
         read_text(tmp_path)
 
 
+def test_a_split_is_a_whole_word_of_a_files_name(tmp_path: Path) -> None:
+    """Bug found: latest_train.txt was of the test split, too."""
+    for name in ("latest_train", "my-validation", "test2"):
+        (tmp_path / f"{name}.txt").write_text(name, encoding="utf-8")
+    text = read_text(tmp_path)
+    assert (text.train, text.validation, text.test) == ("latest_train", "my-validation", "test2")
+    (tmp_path / "test_train.txt").touch()
+    with pytest.raises(ConfigError, match=r"test_train.txt is named for several splits"):
+        read_text(tmp_path)
+
+
 def test_other_files_are_joined_and_cut(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a" * 50, encoding="utf-8")
     (tmp_path / "b.txt").write_text("b" * 49, encoding="utf-8")

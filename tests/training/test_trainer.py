@@ -8,17 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.conftest import SMALL_VIT
-from training.checkpoint import CHECKPOINT_FILE, load_family
+from training.checkpoint import CHECKPOINT_FILE, CONFIG_FILE, load_family
 from training.config import ConfigError, GptConfig, MethodName, MlpConfig, ResMlpConfig, RunConfig, TrainConfig
 from training.data_config import DigitsConfig
 from training.dataset import Dataset
 from training.digits import load_digits
 from training.evaluate import score_paths
-from training.trainer import LOG_FILE, Report, TrainingDiverged, learning_rate, train
+from training.lock import alone_in
+from training.trainer import LOG_FILE, History, Report, TrainingDiverged, learning_rate, train
 
 SHORT = TrainConfig(budget=6, evaluations=3, hbll_share=0.5)
 
@@ -113,6 +115,26 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, digits: Dataset)
     with pytest.raises(ConfigError, match=r"another configuration, model.width 8 \(now 9\): resume it with the same"):
         train(other, tmp_path, digits, lambda _: None, resume=True)
     assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path, digits: Dataset) -> None:
+    """Bug found: two trainings of one folder overwrote each other's checkpoints."""
+    config = RunConfig(model=MlpConfig(width=8), train=TrainConfig(budget=1, evaluations=1))
+    with alone_in(tmp_path, wait=False), pytest.raises(ConfigError, match=r"another process trains in .*choose another"):
+        train(config, tmp_path, digits, lambda _: None)
+    assert not (tmp_path / CONFIG_FILE).exists()
+    left = tmp_path / f".{CHECKPOINT_FILE}.0123abcd.tmp"  # by one that was killed
+    left.touch()
+    train(config, tmp_path, digits, lambda _: None)
+    assert not left.exists()
+
+
+def test_of_equal_validations_the_first_is_the_best() -> None:
+    """Bug found: sums in the order of a set, another in each process, told rows of the same accuracies apart."""
+    shares = [f"{share / 1000:.4f}" for share in range(701, 726)]
+    rng = np.random.default_rng(0)
+    rows = [{f"1-{n}": share for n, share in enumerate(rng.permutation(shares).tolist())} for _ in range(30)]
+    assert History(Path("log.csv"), rows).best == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, digits: Dataset) -> None:

@@ -15,7 +15,6 @@ from family.tree import Tree
 from training.checkpoint import save_config, save_spec
 from training.config import GptConfig, MethodName, RunConfig, TrainConfig
 from training.data_config import TextConfig
-from training.dataset import DataSpec
 from training.evaluate import path_logits, score
 from training.experiments import published
 from training.experiments.experiment import Cell, Experiment, OnShare, Scale, Trial
@@ -58,7 +57,7 @@ class TextTrial(Trial):
         text = _text(self.folder)
         tokenizer = folder / "tokenizer.json"
         corpus = encode(text, self.vocabulary, tokenizer)
-        self._describe(folder, windows_spec(text, corpus, self.model.context), tokenizer)
+        self._describe(folder, text, corpus, tokenizer)
         family = build_gpt(self.model, corpus.vocabulary, self.recipe.seed).to(device())
         self._train(family, corpus, folder, on_share)
         paths = table_paths(family.tree)
@@ -70,14 +69,28 @@ class TextTrial(Trial):
             for name, path in paths.items()
         ]
 
-    def _describe(self, folder: Path, spec: DataSpec, tokenizer: Path) -> None:
+    def _describe(self, folder: Path, text: Text, corpus: Corpus, tokenizer: Path) -> None:
         """Leave what `hbll evaluate` and `hbll export` read of a run: they take whole windows as rows."""
         data = TextConfig(
             context=self.model.context, folder=self.folder, tokenizer=None if self.vocabulary is None else tokenizer
         )
-        settings = self.settings.model_copy(update={"seed": self.recipe.seed})
+        recipe, windows = self.recipe, len(corpus.train.ids) / self.model.context
+        evaluations = METHODS[self.settings.method].evaluations(self.settings, Tree(self.model.hierarchy_depth))
+        # What is used, as far as there are keys for it: for AdamW's beta2, and a rate that stays, there are none.
+        used = {
+            "seed": recipe.seed,
+            "budget": recipe.steps * recipe.batch * evaluations / windows,
+            "batch": recipe.batch,
+            "lr": recipe.lr,
+            "weight_decay": recipe.weight_decay,
+            "warmup_steps": recipe.warmup_steps,
+            "clip": recipe.clip,
+            "evaluations": recipe.checkpoints,  # which are written, and not validated
+            "precision": "bf16" if device().type == "cuda" else "float32",
+        }
+        settings = TrainConfig.model_validate(self.settings.model_dump() | used)
         save_config(folder, RunConfig(name="text", model=self.model, data=data, train=settings))
-        save_spec(folder, spec)
+        save_spec(folder, windows_spec(text, corpus, self.model.context))
 
     def _train(self, family: Family, corpus: Corpus, folder: Path, on_share: OnShare) -> None:
         method, generator = METHODS[self.settings.method], torch.Generator()
