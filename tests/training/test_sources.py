@@ -127,6 +127,20 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
         load_table(TableConfig(file=tmp_path / "missing.csv", target="y"))
 
 
+def test_classes_are_text_in_utf_8_and_no_bytes(tmp_path: Path) -> None:
+    """Bug found: one letter in Latin-1 made all labels look like b'f\\xfcr'."""
+    parquet.write_table(
+        table(species=[b"F\xc3\xbcchse" if n % 4 else b"dog" for n in range(ROWS)]), tmp_path / "pets.parquet"
+    )
+    config = TableConfig(file=tmp_path / "pets.parquet", target="species", drop=("id",))
+    assert load_table(config).spec.labels == ("F\xfcchse", "dog")
+    csv.write_csv(table(), tmp_path / "pets.csv")
+    file = tmp_path / "latin.csv"
+    file.write_bytes((tmp_path / "pets.csv").read_bytes().replace(b"cat", b"f\xfcr", 1))
+    with pytest.raises(DataError, match=r"latin.csv, column 'species', row 2: expected text in UTF-8, .* save the file as"):
+        load_table(TableConfig(file=file, target="species", drop=("id",)))
+
+
 @pytest.mark.parametrize(("suffix", "name"), [("parquet", "__index_level_0__"), ("csv", "")])
 def test_row_numbers_that_pandas_wrote_along_are_no_feature(tmp_path: Path, suffix: str, name: str) -> None:
     """Bug found: in a table that is sorted by class they tell the class, and nobody had asked for them."""
