@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from family import tree as algebra
 from training import compare as comparison
 from training.assessment_report import MIN_CONFIDENCE, report
-from training.checkpoint import CheckpointError, Weights, load_family
-from training.config import ConfigError, MethodName, RunConfig, dump_config, load_config, parse_override
+from training.checkpoint import CONFIG_FILE, CheckpointError, Weights, load_family, load_run_config
+from training.config import ConfigError, MethodName, RunConfig, change_config, dump_config, load_config, parse_override
 from training.custom import import_factory
 from training.dataset import DataError, Dataset
 from training.distributed import TeamError, join
@@ -106,7 +106,9 @@ weights_option = click.option(
 @click.option("--seed", type=int, help="Overrides train.seed.")
 @_budget
 @_set
-@click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in --out, by its config.json; starts one where there is none."
+)
 @click.option("--download", is_flag=True, help="Fetch the files of mnist, cifar10 or cifar100 that are not there.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration, the model's size and the work, and exit.")
 @factory_option
@@ -135,7 +137,7 @@ def train(
     """Train a family of subnetworks that share one set of weights.
 
     The folder --out gets config.json, checkpoint.safetensors, log.csv, TensorBoard events and, at the end,
-    metrics.json and plots. A killed run goes on with --resume.
+    metrics.json and plots. A killed run goes on with --resume, as its config.json says: --out is all it has to be told.
 
     Started by torchrun, all its ranks train one family: they divide the batch among them, or with --tree-ranks (methods
     hbll and hbll-paper) the nodes of every level, or both. The result does not depend on their number, and a run can go
@@ -146,6 +148,7 @@ def train(
       hbll train
       hbll train --method bp --blocks 3 --budget 90 --out runs/bp3
       hbll train --config training/configs/mlp.toml --out runs/mlp
+      hbll train --resume --out runs/mlp
       torchrun --nproc-per-node 2 -m hbll train --method hbll --tree-ranks 2 --out runs/both
       hbll train --config training/configs/resmlp.toml --set model.width=96 --set train.lr=2e-3 --dry-run
     """
@@ -153,7 +156,11 @@ def train(
     given: dict[str, object] = {f"train.{key}": value for key, value in flags.items() if value is not None}
     torch.set_num_threads(threads)
     try:
-        run = load_config(config, given | settings)
+        goes_on = resume and (out / CONFIG_FILE).exists()
+        if goes_on and config is None:
+            run = change_config(load_run_config(out), given | settings, str(out / CONFIG_FILE))
+        else:
+            run = load_config(config, given | settings)
         if download:
             download_with_bar(run.data)
         data = load_data(run.data)
@@ -162,6 +169,8 @@ def train(
             _describe(run, family, data)
             return
         with join(device, tree_ranks) as team:
+            if resume and not goes_on and team.leads:
+                console.print(f"{out} holds no run: starting one")
             family = train_with_bar(run, out, data, family=family, resume=resume, team=team)
     except OSError as exc:
         raise click.ClickException(

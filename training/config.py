@@ -178,7 +178,20 @@ def load_config(path: Path | None, overrides: Mapping[str, object] | None = None
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
             raise ConfigError(f"cannot read the configuration {path}: {exc}") from exc
-    for key, value in (overrides or {}).items():
+    return _laid_over(raw, overrides or {}, str(path or "the configuration"))
+
+
+def change_config(config: RunConfig, overrides: Mapping[str, object], source: str) -> RunConfig:
+    """`config` with `overrides`, by dotted keys, laid over it.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    return _laid_over(config.model_dump(), overrides, source)
+
+
+def _laid_over(raw: dict[str, object], overrides: Mapping[str, object], source: str) -> RunConfig:
+    for key, value in overrides.items():
         *sections, name = key.split(".")
         current = raw
         for section in sections:
@@ -187,7 +200,7 @@ def load_config(path: Path | None, overrides: Mapping[str, object] | None = None
                 raise ConfigError(f"cannot set {key}: {section} is {below!r}, not a section")
             current = below
         current[name] = value
-    return parse_config(raw, str(path or "the configuration"))
+    return parse_config(raw, source)
 
 
 def parse_override(text: str) -> tuple[str, object]:
