@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from family import tree as algebra
 from training import compare as comparison
@@ -19,7 +19,7 @@ from training.distributed import TeamError, join
 from training.methods import METHODS, steps_of
 from training.model import Factory, Family, build_family
 from training.plots import plot_history
-from training.progress import console, download_with_bar, train_with_bar
+from training.progress import console, download_with_bar, progress_columns, train_with_bar
 from training.report import Record, write_report
 from training.shapes import ShapeError
 from training.sources import load_data, load_data_of
@@ -283,16 +283,8 @@ def _run_with_bar(
     """All runs and what they found; one that diverges is named and left out."""
     work = sum(job.config.train.budget for job in jobs) * len(data.train)
     console.print(f"{what}: {len(jobs)} runs, {work / 1e6:.1f} million block evaluations")
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
     finished: list[tuple[comparison.Job, list[Record]]] = []
-    with Progress(*columns, console=console, refresh_per_second=4) as bar:
+    with Progress(*progress_columns("{task.description}"), console=console, refresh_per_second=4) as bar:
         task = bar.add_task(what, total=work)
         done = 0.0
         for index, job in enumerate(jobs):
