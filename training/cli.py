@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import NoReturn
 
 import click
 import torch
@@ -19,7 +21,7 @@ from training.distributed import TeamError, join
 from training.methods import METHODS, steps_of
 from training.model import Factory, Family, build_family
 from training.plots import plot_history
-from training.progress import console, download_with_bar, progress_columns, train_with_bar
+from training.progress import Interrupted, console, download_with_bar, progress_columns, train_with_bar
 from training.report import Record, write_report
 from training.shapes import ShapeError
 from training.sources import load_data, load_data_of
@@ -172,6 +174,8 @@ def train(
             if resume and not goes_on and team.leads:
                 console.print(f"{out} holds no run: starting one")
             family = train_with_bar(run, out, data, family=family, resume=resume, team=team)
+    except Interrupted as exc:
+        _stop(exc)
     except OSError as exc:
         raise click.ClickException(
             f"cannot write {exc.filename or out}: {exc.strerror or exc}. What was written before is intact: once that "
@@ -242,6 +246,8 @@ def compare(
         records = [record for _, of_run in found for record in of_run]
         sizes = comparison.separate_blocks(algebra.Tree(base.model.hierarchy_depth))
         text = write_report(base, sizes, seeds, records, out)
+    except Interrupted as exc:
+        _stop(exc)
     except (ConfigError, CheckpointError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(text)
@@ -291,7 +297,11 @@ def _run_with_bar(
             of_run = job.config.train.budget * len(data.train)
             bar.update(task, description=f"{index + 1}/{len(jobs)} {job.name}")
 
+            at = ""
+
             def on_step(report: Report, done: float = done, of_run: float = of_run) -> None:
+                nonlocal at
+                at = f", at step {report.step} ({report.share:.0%})"
                 bar.update(task, completed=done + of_run * report.share)
 
             try:
@@ -301,9 +311,20 @@ def _run_with_bar(
                 console.print(f"{job.name}: {100 * reference.test_accuracy:.1f} % on path {reference.path}")
             except TrainingDiverged as exc:
                 console.print(f"{job.name}: [red]left out:[/red] {exc}")
+            except KeyboardInterrupt as exc:
+                raise Interrupted(
+                    f"stopped in run {index + 1} of {len(jobs)}, {job.name}{at}: the same command goes on from the last "
+                    "checkpoint"
+                ) from exc
             done += of_run
             bar.update(task, completed=done)
     return finished
+
+
+def _stop(exc: Interrupted) -> NoReturn:
+    """End as shells expect it after Ctrl-C, with what goes on."""
+    click.echo(str(exc), err=True)
+    raise SystemExit(128 + signal.SIGINT)
 
 
 def _describe(run: RunConfig, family: Family, data: Dataset) -> None:

@@ -18,6 +18,7 @@ from rich.progress import (
 
 from family import tree as algebra
 from family.choice import best_by_depth
+from training.checkpoint import CHECKPOINT_FILE
 from training.config import ConfigError, RunConfig
 from training.data_config import DataConfig, PublishedConfig
 from training.dataset import Dataset
@@ -28,6 +29,10 @@ from training.publications import IMAGES, Publication, download
 from training.trainer import Report, train
 
 console = Console()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while a run trains; the message says how far it was and what goes on with it."""
 
 
 def progress_columns(what: str) -> tuple[ProgressColumn, ...]:
@@ -52,12 +57,19 @@ def train_with_bar(
     team: Team = ALONE,
 ) -> Family:
     """As `training.trainer.train`, with a bar on a terminal and a line for each validation elsewhere; the first rank of a
-    team shows them."""
+    team shows them.
+
+    Raises:
+        Interrupted: as a `KeyboardInterrupt`, with how far the run was.
+    """
+    last = ""
     columns = (*progress_columns("training"), TextColumn("loss {task.fields[loss]} {task.fields[accuracy]}"))
     with Progress(*columns, console=console, refresh_per_second=4, disable=not team.leads) as bar:
         task = bar.add_task("training", total=1.0, loss="-", accuracy="")
 
         def on_step(report: Report) -> None:
+            nonlocal last
+            last = f" at step {report.step} ({report.share:.0%})"
             bar.update(task, completed=report.share)
             if report.scores or report.step % 20 == 0:
                 bar.update(task, loss=f"{report.loss:.3g}")
@@ -68,7 +80,14 @@ def train_with_bar(
                     line = f"{'  '.join(by_depth)} %"
                     console.print(f"step {report.step} ({report.share:.0%}): loss {report.loss:.3f}, validation {line}")
 
-        return train(run, out, data, on_step, family=family, resume=resume, team=team)
+        try:
+            return train(run, out, data, on_step, family=family, resume=resume, team=team)
+        except KeyboardInterrupt as exc:
+            if (out / CHECKPOINT_FILE).exists():
+                raise Interrupted(
+                    f"stopped{last}: go on from the last checkpoint with the same command and --resume"
+                ) from exc
+            raise Interrupted(f"stopped{last}, before the first checkpoint: the same command starts anew") from exc
 
 
 def download_with_bar(data: DataConfig) -> None:
