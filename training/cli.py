@@ -173,6 +173,8 @@ def train(
         with join(device, tree_ranks) as team:
             if resume and not goes_on and team.leads:
                 console.print(f"{out} holds no run: starting one")
+            if data.left_out and team.leads:
+                console.print(f"{data.spec.description}: left out are {data.left_out}", markup=False, highlight=False)
             family = train_with_bar(run, out, data, family=family, resume=resume, team=team)
     except Interrupted as exc:
         _stop(exc)
@@ -341,6 +343,8 @@ def _describe(run: RunConfig, family: Family, data: Dataset) -> None:
     click.echo(
         f"# data: {data.spec.description}; {sizes}; rows of {list(data.spec.input_shape)}, {len(data.spec.labels)} classes"
     )
+    if data.left_out:
+        click.echo(f"# left out: {data.left_out}")
     click.echo(f"# method: {method.summary}")
     click.echo(f"# paths trained: {len(paths) if paths else tree.count_paths()} of {tree.count_paths()}")
     click.echo(

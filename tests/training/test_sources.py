@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from pyarrow import csv, parquet
 from pydantic import ValidationError
 
 from family.manifest import ImageInput
+from hbll.cli import main
 from training.arrays import load_arrays
 from training.augmentation import RandAugment, augmentation, mirror_images, shift_images
 from training.checkpoint import save_spec
@@ -275,6 +277,22 @@ def test_an_image_that_cannot_be_read_is_named(pets: Path, damage: Callable[[Pat
     damage(pets)
     with pytest.raises(DataError, match=message):
         load_images(ImagesConfig(folder=pets, max_pixels=10_000))
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_what_is_no_image_to_read_is_told(pets: Path, dry: list[str]) -> None:
+    """Bug found: half of the photographs were in formats that are not read, and nobody heard of it."""
+    (pets / "cats" / "kittens").mkdir()
+    for name in ("dogs/1.tiff", "dogs/2.TIFF", "cats/3.heic", "stray.png", "cats/.DS_Store"):
+        (pets / name).write_bytes(b"")
+    chosen = ["data.kind=images", f"data.folder={pets}", "model.kind=mlp", "train.batch=4", "train.budget=1"]
+    settings = [part for text in chosen for part in ("--set", text)]
+    result = CliRunner().invoke(main, ["train", "--out", str(pets.parent / "run"), *settings, *dry])
+    assert result.exit_code == 0, result.output
+    told = (
+        "1 .heic files, 1 .png files, 2 .tiff files, 2 .txt files, 1 folders in folders of classes: images are CLASS/NAME"
+    )
+    assert told in " ".join(result.output.split())
 
 
 def test_a_folder_without_classes_says_so(tmp_path: Path) -> None:
