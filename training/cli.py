@@ -241,9 +241,12 @@ def compare(
         base = load_config(config, given | settings)
         data = load_data(base.data)
         tuning = comparison.plan_tuning(base, methods, tuning_seeds, rates)
-        comparison.plan(base, methods, seeds, len(data.train))  # what cannot be is told before hours of tuning
+        planned = comparison.plan(base, methods, seeds, len(data.train))  # what cannot be is told before hours of tuning
+        comparison.require_unclaimed(tuning, out)
+        comparison.require_unclaimed(planned, out, rates_known=not tuning)
         tuned = _run_with_bar("tuning", tuning, out, data) if tuning else []
         jobs = comparison.plan(base, methods, seeds, len(data.train), comparison.choose_rates(base, tuned))
+        comparison.require_unclaimed(jobs, out)
         found = tuned + _run_with_bar("comparing", jobs, out, data)
         records = [record for _, of_run in found for record in of_run]
         sizes = comparison.separate_blocks(algebra.Tree(base.model.hierarchy_depth))
