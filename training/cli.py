@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import NoReturn
 
 import click
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from family import tree as algebra
 from training import compare as comparison
 from training.assessment_report import MIN_CONFIDENCE, report
-from training.checkpoint import CheckpointError, Weights, load_family
-from training.config import ConfigError, MethodName, RunConfig, dump_config, load_config, parse_override
+from training.checkpoint import CONFIG_FILE, CheckpointError, Weights, load_family, load_run_config
+from training.config import ConfigError, MethodName, RunConfig, change_config, dump_config, load_config, parse_override
 from training.custom import import_factory
 from training.dataset import DataError, Dataset
 from training.distributed import TeamError, join
 from training.methods import METHODS, steps_of
 from training.model import Factory, Family, build_family
 from training.plots import plot_history
-from training.progress import console, download_with_bar, train_with_bar
+from training.progress import Interrupted, console, download_with_bar, progress_columns, train_with_bar
 from training.report import Record, write_report
 from training.shapes import ShapeError
 from training.sources import load_data, load_data_of
@@ -106,7 +108,9 @@ weights_option = click.option(
 @click.option("--seed", type=int, help="Overrides train.seed.")
 @_budget
 @_set
-@click.option("--resume", is_flag=True, help="Go on with the run in --out from its last checkpoint.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in --out, by its config.json; starts one where there is none."
+)
 @click.option("--download", is_flag=True, help="Fetch the files of mnist, cifar10 or cifar100 that are not there.")
 @click.option("--dry-run", is_flag=True, help="Print the configuration, the model's size and the work, and exit.")
 @factory_option
@@ -135,7 +139,7 @@ def train(
     """Train a family of subnetworks that share one set of weights.
 
     The folder --out gets config.json, checkpoint.safetensors, log.csv, TensorBoard events and, at the end,
-    metrics.json and plots. A killed run goes on with --resume.
+    metrics.json and plots. A killed run goes on with --resume, as its config.json says: --out is all it has to be told.
 
     Started by torchrun, all its ranks train one family: they divide the batch among them, or with --tree-ranks (methods
     hbll and hbll-paper) the nodes of every level, or both. The result does not depend on their number, and a run can go
@@ -146,6 +150,7 @@ def train(
       hbll train
       hbll train --method bp --blocks 3 --budget 90 --out runs/bp3
       hbll train --config training/configs/mlp.toml --out runs/mlp
+      hbll train --resume --out runs/mlp
       torchrun --nproc-per-node 2 -m hbll train --method hbll --tree-ranks 2 --out runs/both
       hbll train --config training/configs/resmlp.toml --set model.width=96 --set train.lr=2e-3 --dry-run
     """
@@ -153,7 +158,11 @@ def train(
     given: dict[str, object] = {f"train.{key}": value for key, value in flags.items() if value is not None}
     torch.set_num_threads(threads)
     try:
-        run = load_config(config, given | settings)
+        goes_on = resume and (out / CONFIG_FILE).exists()
+        if goes_on and config is None:
+            run = change_config(load_run_config(out), given | settings, str(out / CONFIG_FILE))
+        else:
+            run = load_config(config, given | settings)
         if download:
             download_with_bar(run.data)
         data = load_data(run.data)
@@ -162,7 +171,13 @@ def train(
             _describe(run, family, data)
             return
         with join(device, tree_ranks) as team:
+            if resume and not goes_on and team.leads:
+                console.print(f"{out} holds no run: starting one")
+            if data.left_out and team.leads:
+                console.print(f"{data.spec.description}: left out are {data.left_out}", markup=False, highlight=False)
             family = train_with_bar(run, out, data, family=family, resume=resume, team=team)
+    except Interrupted as exc:
+        _stop(exc)
     except OSError as exc:
         raise click.ClickException(
             f"cannot write {exc.filename or out}: {exc.strerror or exc}. What was written before is intact: once that "
@@ -226,13 +241,18 @@ def compare(
         base = load_config(config, given | settings)
         data = load_data(base.data)
         tuning = comparison.plan_tuning(base, methods, tuning_seeds, rates)
-        comparison.plan(base, methods, seeds, len(data.train))  # what cannot be is told before hours of tuning
+        planned = comparison.plan(base, methods, seeds, len(data.train))  # what cannot be is told before hours of tuning
+        comparison.require_unclaimed(tuning, out)
+        comparison.require_unclaimed(planned, out, rates_known=not tuning)
         tuned = _run_with_bar("tuning", tuning, out, data) if tuning else []
         jobs = comparison.plan(base, methods, seeds, len(data.train), comparison.choose_rates(base, tuned))
+        comparison.require_unclaimed(jobs, out)
         found = tuned + _run_with_bar("comparing", jobs, out, data)
         records = [record for _, of_run in found for record in of_run]
         sizes = comparison.separate_blocks(algebra.Tree(base.model.hierarchy_depth))
         text = write_report(base, sizes, seeds, records, out)
+    except Interrupted as exc:
+        _stop(exc)
     except (ConfigError, CheckpointError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(text)
@@ -274,23 +294,19 @@ def _run_with_bar(
     """All runs and what they found; one that diverges is named and left out."""
     work = sum(job.config.train.budget for job in jobs) * len(data.train)
     console.print(f"{what}: {len(jobs)} runs, {work / 1e6:.1f} million block evaluations")
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
     finished: list[tuple[comparison.Job, list[Record]]] = []
-    with Progress(*columns, console=console, refresh_per_second=4) as bar:
+    with Progress(*progress_columns("{task.description}"), console=console, refresh_per_second=4) as bar:
         task = bar.add_task(what, total=work)
         done = 0.0
         for index, job in enumerate(jobs):
             of_run = job.config.train.budget * len(data.train)
             bar.update(task, description=f"{index + 1}/{len(jobs)} {job.name}")
 
+            at = ""
+
             def on_step(report: Report, done: float = done, of_run: float = of_run) -> None:
+                nonlocal at
+                at = f", at step {report.step} ({report.share:.0%})"
                 bar.update(task, completed=done + of_run * report.share)
 
             try:
@@ -300,9 +316,20 @@ def _run_with_bar(
                 console.print(f"{job.name}: {100 * reference.test_accuracy:.1f} % on path {reference.path}")
             except TrainingDiverged as exc:
                 console.print(f"{job.name}: [red]left out:[/red] {exc}")
+            except KeyboardInterrupt as exc:
+                raise Interrupted(
+                    f"stopped in run {index + 1} of {len(jobs)}, {job.name}{at}: the same command goes on from the last "
+                    "checkpoint"
+                ) from exc
             done += of_run
             bar.update(task, completed=done)
     return finished
+
+
+def _stop(exc: Interrupted) -> NoReturn:
+    """End as shells expect it after Ctrl-C, with what goes on."""
+    click.echo(str(exc), err=True)
+    raise SystemExit(128 + signal.SIGINT)
 
 
 def _describe(run: RunConfig, family: Family, data: Dataset) -> None:
@@ -319,6 +346,8 @@ def _describe(run: RunConfig, family: Family, data: Dataset) -> None:
     click.echo(
         f"# data: {data.spec.description}; {sizes}; rows of {list(data.spec.input_shape)}, {len(data.spec.labels)} classes"
     )
+    if data.left_out:
+        click.echo(f"# left out: {data.left_out}")
     click.echo(f"# method: {method.summary}")
     click.echo(f"# paths trained: {len(paths) if paths else tree.count_paths()} of {tree.count_paths()}")
     click.echo(

@@ -25,8 +25,8 @@ from pathlib import Path as FilePath
 
 from family.tree import Path, Tree, format_path
 from training.assessment import METRICS_FILE, PathMetrics, assess, read_metrics, write_metrics
-from training.checkpoint import CheckpointError, load_run_config
-from training.config import ConfigError, MethodName, RunConfig, parse_config
+from training.checkpoint import CONFIG_FILE, CheckpointError, load_run_config
+from training.config import ConfigError, MethodName, RunConfig, describe_changes, parse_config
 from training.dataset import Dataset
 from training.methods import METHODS, steps_of, trained_paths
 from training.report import Matched, Record
@@ -126,6 +126,33 @@ def choose_rates(
     return {
         trained: max(by_rate, key=lambda lr: (statistics.mean(by_rate[lr]), -lr)) for trained, by_rate in scores.items()
     }
+
+
+def require_unclaimed(jobs: Sequence[Job], out: FilePath, *, rates_known: bool = True) -> None:
+    """See that no folder of a run belongs to another configuration, before any run is trained. Learning rates that are
+    still to be chosen are not compared.
+
+    Raises:
+        ConfigError: one does.
+        CheckpointError: one holds a damaged configuration.
+    """
+    for job in jobs:
+        folder = out / "runs" / job.name
+        if not (folder / CONFIG_FILE).exists():
+            continue
+        before, config = load_run_config(folder), job.config
+        if not rates_known:
+            config = config.model_copy(update={"train": config.train.model_copy(update={"lr": before.train.lr})})
+        if before == config:
+            continue
+        why = "give the settings it was started with, or choose another --out"
+        if job.matched == "steps":
+            first = next(other.config.train.method for other in jobs if other.config.train.method != "bp")
+            why = (
+                "separate networks matched by steps take as many as the first family of --methods, which is now "
+                f"{first}: name the family first that was first before, or choose another --out"
+            )
+        raise ConfigError(f"{folder} was started with another configuration, {describe_changes(before, config)}: {why}")
 
 
 def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None]) -> list[Record]:

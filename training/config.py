@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from training.data_config import DataConfig, DigitsConfig, Section
 
@@ -177,7 +178,20 @@ def load_config(path: Path | None, overrides: Mapping[str, object] | None = None
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
             raise ConfigError(f"cannot read the configuration {path}: {exc}") from exc
-    for key, value in (overrides or {}).items():
+    return _laid_over(raw, overrides or {}, str(path or "the configuration"))
+
+
+def change_config(config: RunConfig, overrides: Mapping[str, object], source: str) -> RunConfig:
+    """`config` with `overrides`, by dotted keys, laid over it.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    return _laid_over(config.model_dump(), overrides, source)
+
+
+def _laid_over(raw: dict[str, object], overrides: Mapping[str, object], source: str) -> RunConfig:
+    for key, value in overrides.items():
         *sections, name = key.split(".")
         current = raw
         for section in sections:
@@ -186,7 +200,7 @@ def load_config(path: Path | None, overrides: Mapping[str, object] | None = None
                 raise ConfigError(f"cannot set {key}: {section} is {below!r}, not a section")
             current = below
         current[name] = value
-    return parse_config(raw, str(path or "the configuration"))
+    return parse_config(raw, source)
 
 
 def parse_override(text: str) -> tuple[str, object]:
@@ -233,5 +247,27 @@ def parse_config(raw: object, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as exc:
-        problems = "; ".join(f"{'.'.join(map(str, error['loc'])) or 'run'}: {error['msg']}" for error in exc.errors())
-        raise ConfigError(f"{source}: {problems}") from exc
+        raise ConfigError(f"{source}: {'; '.join(map(_problem, exc.errors()))}") from exc
+
+
+def kinds_of(section: Literal["model", "data"]) -> dict[str, type[Section]]:
+    """What a section can be, by its key `kind`."""
+    classes = get_args(ModelConfig) if section == "model" else get_args(get_args(DataConfig)[0])
+    return {kind: each for each in classes for kind in get_args(each.model_fields["kind"].annotation)}
+
+
+def _problem(error: ErrorDetails) -> str:
+    """One wrong key, by its dotted name: pydantic has the kind of a section between the two."""
+    place = list(map(str, error["loc"]))
+    known: type[Section] = RunConfig
+    of = ""
+    match place:
+        case ["model" | "data" as section, kind, *_] if kind in (kinds := kinds_of(section)):
+            del place[1]
+            known, of = kinds[kind], f", the keys of {section}.kind {kind}"
+        case ["train", *_]:
+            known = TrainConfig
+    name = ".".join(place)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {name}: expected one of {', '.join(known.model_fields)}{of}"
+    return f"{name or 'run'}: {error['msg']}"

@@ -110,7 +110,10 @@ def unchanged(x: Tensor, _rng: np.random.Generator) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """The four splits, what they are, and where they come from. `augment` is for batches of `train` alone."""
+    """The four splits, what they are, and where they come from. `augment` is for batches of `train` alone.
+
+    `left_out` says what of the source is in no split, for the user to read; it is kept nowhere.
+    """
 
     train: Split
     validation: Split
@@ -119,6 +122,7 @@ class Dataset:
     spec: DataSpec
     source: DataConfig
     augment: Augmentation = unchanged
+    left_out: str | None = None
 
     def spec_to_keep(self) -> DataSpec:
         """The description, with digests of the splits."""

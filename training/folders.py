@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,11 @@ def load_images(config: ImagesConfig) -> Dataset:
     """
     image = ImageInput(height=config.height, width=config.width, channels=config.channels)
 
+    left_out: Counter[str] = Counter()
+
     def read(folder: Path) -> Rows:
-        files = _files(folder)
+        files, others = _files(folder)
+        left_out.update(others)
         x = np.empty((len(files), *image.row_shape), np.float32)
         for row, file in enumerate(files):
             x[row] = _read(file, image, config.max_pixels)
@@ -41,21 +45,38 @@ def load_images(config: ImagesConfig) -> Dataset:
         normalisation=measure_normalisation(splits.train.x, by_first_axis=image.channels == 3),
         image=image,
     )
-    return Dataset(*splits, spec=spec, source=config, augment=augmentation(config, image))
+    augment = augmentation(config, image)
+    return Dataset(*splits, spec=spec, source=config, augment=augment, left_out=_told(left_out))
 
 
-def _files(folder: Path) -> list[Path]:
-    """The images of all classes, in an order that does not depend on the file system."""
+def _files(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The images of all classes, in an order that no file system decides, and how many of what else there is."""
     try:
-        classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-        files = [file for each in classes for file in sorted(each.iterdir()) if file.suffix.lower() in _SUFFIXES]
+        visible = sorted(child for child in folder.iterdir() if not child.name.startswith("."))
+        classes = [child for child in visible if child.is_dir()]
+        found = [file for each in classes for file in sorted(each.iterdir()) if not file.name.startswith(".")]
+        files = [file for file in found if file.suffix.lower() in _SUFFIXES and not file.is_dir()]
+        others = Counter(map(_kind, {*visible, *found} - {*classes, *files}))
     except OSError as exc:
         raise DataError(f"cannot read the folder {folder}: {exc.strerror}") from exc
     if empty := [each.name for each in classes if not any(file.parent == each for file in files)]:
         raise DataError(f"{folder}: no {', '.join(_SUFFIXES)} file in {', '.join(empty)}")
     if not classes:
         raise DataError(f"{folder}: expected one subfolder of images for each class, got none")
-    return files
+    return files, others
+
+
+def _kind(file: Path) -> str:
+    if file.is_dir():
+        return "folders in folders of classes"
+    return f"{file.suffix.lower()} files" if file.suffix else "files without a suffix"
+
+
+def _told(left_out: Counter[str]) -> str | None:
+    if not left_out:
+        return None
+    what = ", ".join(f"{count:,} {kind}" for kind, count in sorted(left_out.items()))
+    return f"{what}: images are CLASS/NAME in the folder, with the suffixes {', '.join(_SUFFIXES)}"
 
 
 def _read(file: Path, wanted: ImageInput, max_pixels: int) -> NDArray[np.float32]:

@@ -5,10 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from family import tree as algebra
 from family.choice import best_by_depth
+from training.checkpoint import CHECKPOINT_FILE
 from training.config import ConfigError, RunConfig
 from training.data_config import DataConfig, PublishedConfig
 from training.dataset import Dataset
@@ -21,6 +31,22 @@ from training.trainer import Report, train
 console = Console()
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while a run trains; the message says how far it was and what goes on with it."""
+
+
+def progress_columns(what: str) -> tuple[ProgressColumn, ...]:
+    """`what`, the bar, per cent, the time taken and the time left: what has to be seen at 80 columns."""
+    return (
+        TextColumn(f"[bold]{what}"),
+        BarColumn(bar_width=12),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+
+
 def train_with_bar(
     run: RunConfig,
     out: Path,
@@ -31,30 +57,37 @@ def train_with_bar(
     team: Team = ALONE,
 ) -> Family:
     """As `training.trainer.train`, with a bar on a terminal and a line for each validation elsewhere; the first rank of a
-    team shows them."""
-    columns = (
-        TextColumn("[bold]training"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]} | validation {task.fields[accuracy]}"),
-    )
+    team shows them.
+
+    Raises:
+        Interrupted: as a `KeyboardInterrupt`, with how far the run was.
+    """
+    last = ""
+    columns = (*progress_columns("training"), TextColumn("loss {task.fields[loss]} {task.fields[accuracy]}"))
     with Progress(*columns, console=console, refresh_per_second=4, disable=not team.leads) as bar:
-        task = bar.add_task("training", total=1.0, loss="-", accuracy="-")
+        task = bar.add_task("training", total=1.0, loss="-", accuracy="")
 
         def on_step(report: Report) -> None:
+            nonlocal last
+            last = f" at step {report.step} ({report.share:.0%})"
             bar.update(task, completed=report.share)
-            if report.step % 20 == 0:
-                bar.update(task, loss=f"{report.loss:.3f}")
+            if report.scores or report.step % 20 == 0:
+                bar.update(task, loss=f"{report.loss:.3g}")
             if report.scores:
-                line = _accuracy_line(algebra.Tree(run.model.hierarchy_depth), report.scores)
-                bar.update(task, accuracy=line)
+                by_depth = _accuracies(algebra.Tree(run.model.hierarchy_depth), report.scores)
+                bar.update(task, accuracy=f"val. {_range(by_depth)}")
                 if not console.is_terminal:
+                    line = f"{'  '.join(by_depth)} %"
                     console.print(f"step {report.step} ({report.share:.0%}): loss {report.loss:.3f}, validation {line}")
 
-        return train(run, out, data, on_step, family=family, resume=resume, team=team)
+        try:
+            return train(run, out, data, on_step, family=family, resume=resume, team=team)
+        except KeyboardInterrupt as exc:
+            if (out / CHECKPOINT_FILE).exists():
+                raise Interrupted(
+                    f"stopped{last}: go on from the last checkpoint with the same command and --resume"
+                ) from exc
+            raise Interrupted(f"stopped{last}, before the first checkpoint: the same command starts anew") from exc
 
 
 def download_with_bar(data: DataConfig) -> None:
@@ -87,6 +120,12 @@ def fetch_with_bar(publication: Publication, folder: Path) -> None:
         download(publication, folder, report)
 
 
-def _accuracy_line(tree: algebra.Tree, scores: dict[algebra.Path, PathScore]) -> str:
+def _accuracies(tree: algebra.Tree, scores: dict[algebra.Path, PathScore]) -> list[str]:
+    """Of the best path of each depth, `2:93.1`."""
     best = best_by_depth(tree, {path: result.accuracy for path, result in scores.items()})
-    return "  ".join(f"{depth}:{100 * scores[path].accuracy:.1f}" for depth, path in best.items()) + " %"
+    return [f"{depth}:{100 * scores[path].accuracy:.1f}" for depth, path in best.items()]
+
+
+def _range(by_depth: list[str]) -> str:
+    """The shallowest and the deepest: more does not fit beside the bar."""
+    return f"{' '.join(dict.fromkeys([by_depth[0], by_depth[-1]]))} %"

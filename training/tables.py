@@ -134,7 +134,19 @@ def _classes(table: pa.Table, name: str, file: Path) -> NDArray[np.generic]:
                     "are not predicted here, only classes"
                 )
         return np.array([value if isinstance(value, bool) else int(value) for value in values])
-    return np.array(list(map(str, values)))
+    return np.array([_text(value, row, name, file) for row, value in enumerate(values, start=1)])
+
+
+def _text(value: Any, row: int, name: str, file: Path) -> str:
+    """A class as text: pyarrow has bytes of a CSV column in which any value is no UTF-8, and of some Parquet files."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError as exc:
+        raise DataError(
+            f"{file}, column {name!r}, row {row}: expected text in UTF-8, got {value[:40]!r}: save the file as UTF-8"
+        ) from exc
 
 
 def _is_number(value: Any) -> bool:

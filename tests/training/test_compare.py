@@ -176,6 +176,21 @@ def test_rates_are_tuned_before_they_are_compared_and_the_report_tells_both(tmp_
     assert "| `chains` | steps |" in text.split("## Families less separate networks")[1]
 
 
+def test_a_folder_that_is_taken_is_told_before_anything_trains(tmp_path: Path) -> None:
+    """Bug found: other --methods in the same --out trained for their time, and failed at the networks matched by steps."""
+    assert _compare(tmp_path, "--methods", "exits,bp", "--seeds", "0").exit_code == 0
+    runs = sorted(tmp_path.glob("runs/*"))
+    clash = _compare(tmp_path, "--methods", "hbll,bp", "--seeds", "0")
+    assert clash.exit_code == 1
+    told = " ".join(clash.output.split())
+    assert "bp1-steps-seed0 was started with another configuration, train.budget" in told
+    assert "as the first family of --methods, which is now hbll: name the family first that was first before" in told
+    assert sorted(tmp_path.glob("runs/*")) == runs
+    other = _compare(tmp_path, "--methods", "exits", "--seeds", "0", "--rates", "1e-3", "--set", "train.clip=1")
+    assert "exits-work-seed0 was started with another configuration, train.clip null (now 1.0): give" in other.output
+    assert sorted(tmp_path.glob("runs/*")) == runs
+
+
 def test_a_comparison_in_which_all_diverge_says_so(tmp_path: Path) -> None:
     diverged = _compare(
         tmp_path, "--methods", "exits", "--seeds", "0", "--set", "train.lr=1e38", "--set", "train.warmup_steps=0",

@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from pyarrow import csv, parquet
 from pydantic import ValidationError
 
 from family.manifest import ImageInput
+from hbll.cli import main
 from training.arrays import load_arrays
 from training.augmentation import RandAugment, augmentation, mirror_images, shift_images
 from training.checkpoint import save_spec
@@ -125,6 +127,20 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
         load_table(TableConfig(file=tmp_path / "utf16.csv", target="y"))
     with pytest.raises(DataError, match=r"cannot read the table .*missing.csv"):
         load_table(TableConfig(file=tmp_path / "missing.csv", target="y"))
+
+
+def test_classes_are_text_in_utf_8_and_no_bytes(tmp_path: Path) -> None:
+    """Bug found: one letter in Latin-1 made all labels look like b'f\\xfcr'."""
+    parquet.write_table(
+        table(species=[b"F\xc3\xbcchse" if n % 4 else b"dog" for n in range(ROWS)]), tmp_path / "pets.parquet"
+    )
+    config = TableConfig(file=tmp_path / "pets.parquet", target="species", drop=("id",))
+    assert load_table(config).spec.labels == ("F\xfcchse", "dog")
+    csv.write_csv(table(), tmp_path / "pets.csv")
+    file = tmp_path / "latin.csv"
+    file.write_bytes((tmp_path / "pets.csv").read_bytes().replace(b"cat", b"f\xfcr", 1))
+    with pytest.raises(DataError, match=r"latin.csv, column 'species', row 2: expected text in UTF-8, .* save the file as"):
+        load_table(TableConfig(file=file, target="species", drop=("id",)))
 
 
 @pytest.mark.parametrize(("suffix", "name"), [("parquet", "__index_level_0__"), ("csv", "")])
@@ -261,6 +277,22 @@ def test_an_image_that_cannot_be_read_is_named(pets: Path, damage: Callable[[Pat
     damage(pets)
     with pytest.raises(DataError, match=message):
         load_images(ImagesConfig(folder=pets, max_pixels=10_000))
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_what_is_no_image_to_read_is_told(pets: Path, dry: list[str]) -> None:
+    """Bug found: half of the photographs were in formats that are not read, and nobody heard of it."""
+    (pets / "cats" / "kittens").mkdir()
+    for name in ("dogs/1.tiff", "dogs/2.TIFF", "cats/3.heic", "stray.png", "cats/.DS_Store"):
+        (pets / name).write_bytes(b"")
+    chosen = ["data.kind=images", f"data.folder={pets}", "model.kind=mlp", "train.batch=4", "train.budget=1"]
+    settings = [part for text in chosen for part in ("--set", text)]
+    result = CliRunner().invoke(main, ["train", "--out", str(pets.parent / "run"), *settings, *dry])
+    assert result.exit_code == 0, result.output
+    told = (
+        "1 .heic files, 1 .png files, 2 .tiff files, 2 .txt files, 1 folders in folders of classes: images are CLASS/NAME"
+    )
+    assert told in " ".join(result.output.split())
 
 
 def test_a_folder_without_classes_says_so(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from hbll.cli import main
 from tests.conftest import SMALL_VIT
-from training.checkpoint import CHECKPOINT_FILE, CONFIG_FILE, load_family
+from training.checkpoint import CHECKPOINT_FILE, CONFIG_FILE, load_family, load_run_config
 from training.config import ConfigError, GptConfig, MethodName, MlpConfig, ResMlpConfig, RunConfig, TrainConfig
 from training.data_config import DigitsConfig
 from training.dataset import Dataset
@@ -115,6 +117,23 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path, digits: Dataset)
     with pytest.raises(ConfigError, match=r"another configuration, model.width 8 \(now 9\): resume it with the same"):
         train(other, tmp_path, digits, lambda _: None, resume=True)
     assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
+
+
+def test_a_run_goes_on_as_its_folder_says(tmp_path: Path) -> None:
+    """Bug found: without --config, --resume compared the run with the defaults and told all differences."""
+    run = tmp_path / "run"
+    tiny = ["model.kind=mlp", "model.width=8", "train.budget=1", "train.evaluations=1", "train.lr=1e-3"]
+    settings = [part for text in tiny for part in ("--set", text)]
+    started = CliRunner().invoke(main, ["train", "--out", str(run), "--resume", *settings])
+    assert started.exit_code == 0, started.output
+    assert "holds no run: starting one" in " ".join(started.output.split())
+    before = load_run_config(run)
+    resumed = CliRunner().invoke(main, ["train", "--out", str(run), "--resume"])
+    assert resumed.exit_code == 0, resumed.output
+    assert "starting" not in resumed.output
+    other = CliRunner().invoke(main, ["train", "--out", str(run), "--resume", "--seed", "3"])
+    assert "another configuration, train.seed 0 (now 3): resume" in " ".join(other.output.split())
+    assert load_run_config(run) == before
 
 
 def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path, digits: Dataset) -> None:

@@ -1,0 +1,98 @@
+"""What is seen of a run while it trains."""
+
+from __future__ import annotations
+
+import io
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+from rich.progress import Progress
+
+from hbll.cli import main
+from training import progress
+from training.checkpoint import CHECKPOINT_FILE
+from training.config import MlpConfig, RunConfig, TrainConfig
+from training.dataset import Dataset
+from training.progress import progress_columns, train_with_bar
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
+    """Eighty columns."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(progress, "console", console)
+    return console
+
+
+def _lines(console: Console) -> list[str]:
+    assert isinstance(console.file, io.StringIO)
+    return re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", console.file.getvalue()).splitlines()
+
+
+def test_bar_share_and_time_left_are_seen_at_80_columns(tmp_path: Path, digits: Dataset, terminal: Console) -> None:
+    """Bug found: validation of all depths pushed them out."""
+    run = RunConfig(model=MlpConfig(width=8), train=TrainConfig(budget=2, evaluations=1, batch=100))
+    train_with_bar(run, tmp_path, digits)
+    last = _lines(terminal)[-1].rstrip()
+    assert re.fullmatch(r"training \S{12} 100% \d:\d\d:\d\d left 0:00:00 loss [\d.]+ val. 1:\d+\.\d 7:\d+\.\d %", last), (
+        last
+    )
+
+
+def test_a_comparison_that_ended_has_no_time_left(terminal: Console) -> None:
+    """Bug found: it said `left` and the time that it had taken."""
+    name = "12/24 hbll+chains-lr0.0005-seed100"
+    with Progress(*progress_columns("{task.description}"), console=terminal) as bar:
+        bar.update(bar.add_task(name, total=1), completed=1)
+    assert re.fullmatch(re.escape(name) + r" \S{12} 100% \d:\d\d:\d\d left 0:00:00", _lines(terminal)[-1].rstrip())
+
+
+@contextmanager
+def _interrupted_after(wanted: str, folder: Path) -> Iterator[None]:
+    """Ctrl-C as soon as there is a file `wanted`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    ended = threading.Event()
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while not ended.wait(0.01) and time.monotonic() < deadline:
+            if any(folder.glob(wanted)):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train"], r"stopped at step \d+ \(\d+%\): go on from the last checkpoint with the same command and --resume"),
+        (
+            ["compare", "--methods", "hbll", "--seeds", "0"],
+            r"stopped in run 1 of 2, hbll-work-seed0, at step \d+ \(\d+%\): the same command goes on from the last",
+        ),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, command: list[str], message: str) -> None:
+    settings = ["model.kind=mlp", "train.budget=100000", "train.evaluations=1000"]
+    changes = [part for text in settings for part in ("--set", text)]
+    with _interrupted_after(f"**/{CHECKPOINT_FILE}", tmp_path):
+        result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "run"), *changes])
+    assert result.exit_code == 130, result.output
+    assert re.search(message, result.output)
+    assert "Aborted" not in result.output
