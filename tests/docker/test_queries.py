@@ -12,6 +12,7 @@ import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
+from service.errors import ServiceError
 from service.metrics import Metrics
 from tests.docker.test_image import DOCKER
 
@@ -52,6 +53,12 @@ def adapter_query() -> str:
     return re.sub(r"<<\.(\w+)>>", lambda found: filled[found[1]], rule["metricsQuery"])
 
 
+def alerts() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load((DOCKER / "prometheus/alerts.yml").read_text())["groups"]
+    rules: list[dict[str, Any]] = group["rules"]
+    return rules
+
+
 def queries() -> Iterator[tuple[str, str]]:
     for panel in dashboard()["panels"]:
         for target in panel["targets"]:
@@ -60,6 +67,8 @@ def queries() -> Iterator[tuple[str, str]]:
         asked = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
         assert asked is not None
         yield f"variable {variable['name']}", f"sum by ({asked[2]}) ({asked[1]})"
+    for rule in alerts():
+        yield f"alert {rule['alert']}", rule["expr"]
     yield "adapter, series", adapter_rule()["seriesQuery"]
     yield "adapter, metric", adapter_query()
 
@@ -131,6 +140,27 @@ def test_legends_name_labels_that_their_query_keeps() -> None:
             assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= kept, panel["title"]
 
 
+def test_alerts_say_what_to_do_and_name_labels_and_codes_that_there_are() -> None:
+    codes = {kind.code for kind in kinds_of(ServiceError)} | {"internal"}
+    for rule in alerts():
+        tree = promql_parser.parse(rule["expr"])
+        kept = {label for _, labels in groupings(tree) for label in labels}
+        if not kept:
+            kept = set.intersection(*(SERIES[selector.name] for selector in selectors(tree)))
+        told = rule["annotations"]["summary"] + rule["annotations"]["description"]
+        assert set(re.findall(r"{{ \$labels\.(\w+) }}", told)) <= kept, rule["alert"]
+        for selector in selectors(tree):
+            for matcher in selector.matchers.matchers:
+                if matcher.name == "code":
+                    assert set(matcher.value.split("|")) <= codes
+
+
+def kinds_of(kind: type[ServiceError]) -> Iterator[type[ServiceError]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from kinds_of(each)
+
+
 def test_panels_use_the_provisioned_datasource_and_do_not_overlap() -> None:
     (source,) = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"]
     cells: set[tuple[int, int]] = set()
@@ -148,6 +178,7 @@ def test_panels_use_the_provisioned_datasource_and_do_not_overlap() -> None:
 def test_prometheus_scrapes_the_service_that_compose_starts() -> None:
     (job,) = yaml.safe_load((DOCKER / "prometheus/prometheus.yml").read_text())["scrape_configs"]
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert yaml.safe_load((DOCKER / "prometheus/prometheus.yml").read_text())["rule_files"] == ["alerts.yml"]
     (target,) = job["static_configs"][0]["targets"]
     assert target.split(":")[0] in services
     assert target.endswith(":8000")
