@@ -45,10 +45,10 @@ WISHES: dict[str, dict[str, Any]] = {
 @click.option("--config", type=click.Path(path_type=Path, exists=True), default=CONFIG, help="What to train.")
 def main(port: int, once: bool, config: Path) -> None:
     """From nothing to a served anytime model, and what it answers."""
+    require_free(port)
     began = time.monotonic()
     hbll("train", "--config", str(config), "--out", str(RUN), "--resume")
     hbll("export", str(RUN), str(MODELS / "digits" / "1"), "--replace")
-    require_free(port)
     command = [sys.executable, "-m", "hbll", "serve", str(MODELS), "--port", str(port)]
     console.print(f"\n[bold]$ hbll {' '.join(command[3:])}")
     with subprocess.Popen(command) as server:

@@ -36,7 +36,7 @@ def _bar() -> Progress:
     default="default",
     help="ladder | pareto | all | a list like 4,4-6-7.  [default: all up to 32 paths, else Pareto front and ladder]",
 )
-@click.option("--replace", is_flag=True, help="Replace BUNDLE if it is a bundle already.")
+@click.option("--replace", is_flag=True, help="Replace BUNDLE if it is one; no server takes that up while it runs.")
 @weights_option
 @factory_option
 def export(run: Path, bundle: Path, paths: str, replace: bool, weights: Weights | None, factory: Factory | None) -> None:

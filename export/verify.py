@@ -16,6 +16,7 @@ from family.manifest import GATED_FILE, BundleError, Manifest
 from family.tree import Path, format_path
 from training.evaluate import path_logits
 from training.model import Family
+from training.shapes import ShapeError, shapes_of
 
 TOLERANCE = 1e-4
 """Greatest accepted absolute difference of two logits, float32."""
@@ -44,11 +45,8 @@ def verify_bundle(
     Raises:
         BundleError: a graph is not valid ONNX, or two forms differ by more than `TOLERANCE`.
     """
-    if family is not None and family.tree != manifest.tree:
-        expected_depth, got_depth = manifest.hierarchy_depth, family.tree.hierarchy_depth
-        raise BundleError(
-            f"{bundle} has hierarchy depth {expected_depth}, the checkpoint {got_depth}: not the run it is from"
-        )
+    if family is not None:
+        _require_run_of(bundle, manifest, family)
     for name in (GATED_FILE, *(entry.file for entry in manifest.paths)):
         try:
             onnx.checker.check_model(str(bundle / name), full_check=True)
@@ -81,6 +79,22 @@ def verify_bundle(
         differences.append(difference)
         advance(path)
     return differences
+
+
+def _require_run_of(bundle: FilePath, manifest: Manifest, family: Family) -> None:
+    """That the family can be compared: it has the tree, takes the rows and gives the classes of the bundle."""
+    if family.tree != manifest.tree:
+        expected_depth, got_depth = manifest.hierarchy_depth, family.tree.hierarchy_depth
+        raise BundleError(
+            f"{bundle} has hierarchy depth {expected_depth}, the checkpoint {got_depth}: not the run it is from"
+        )
+    try:
+        classes = shapes_of(family, torch.from_numpy(_examples(manifest, 2))).classes
+    except ShapeError as exc:
+        rows = list(manifest.input.shape[1:])
+        raise BundleError(f"{bundle} takes rows of {rows}, the checkpoint others: not the run it is from ({exc})") from exc
+    if classes != len(manifest.labels):
+        raise BundleError(f"{bundle} has {len(manifest.labels)} classes, the checkpoint {classes}: not the run it is from")
 
 
 def _examples(manifest: Manifest, rows: int) -> Inputs:

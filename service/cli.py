@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 from contextlib import suppress
 from functools import partial
@@ -58,6 +59,7 @@ def serve(show_config: bool, **flags: Any) -> None:
         if show_config:
             click.echo(sourced.as_toml(), nl=False)
             return
+        _require_free(settings.host, settings.port)
         configure_logs(settings.log_format)
         app = create_app(settings)
         server = Server(server_config(app, settings), partial(drain_rpc, app))
@@ -72,6 +74,19 @@ def serve(show_config: bool, **flags: Any) -> None:
         server.run()
     if not server.started:
         sys.exit(STARTUP_FAILURE)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Say that the port cannot be opened before models are loaded and warmed up. uvicorn tries after that."""
+    with suppress(socket.gaierror):  # it says that itself
+        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind(address)
+            except OSError as exc:
+                instead = "stop what listens there, or choose another by --port"
+                raise click.ClickException(f"port {port} of {host} cannot be opened, {exc.strerror}: {instead}") from exc
 
 
 @click.command()

@@ -42,7 +42,8 @@ class Inflater:
             raise MalformedInput(f"the body cannot be read as {self._coding}: {exc}") from exc
         self._length += len(plain)
         if self._length > self._max_bytes:
-            raise BodyTooLarge(f"expected a body of at most {self._max_bytes} bytes, got more once decompressed")
+            most = f"{self._max_bytes} bytes (max_body_bytes)"
+            raise BodyTooLarge(f"expected a body of at most {most}, got more once decompressed")
         if self._stream.unused_data:
             raise MalformedInput(f"the body goes on after the end of its {self._coding} stream")
         return plain

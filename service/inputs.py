@@ -89,7 +89,7 @@ class Decoder:
 
     def _from_image(self, data: bytes, where: str, wanted: ImageInput) -> Rows:
         """As `family.pixels.pixels_of`. The size in the header is checked before any pixel is decoded."""
-        too_many = f"{where}: expected at most {self._max_pixels} pixels in all images of a request"
+        too_many = f"{where}: expected at most {self._max_pixels} pixels in all images of a request (max_image_pixels)"
         try:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 self._pixels_left -= image.width * image.height

@@ -23,6 +23,7 @@ class LimitBody:
         self._app = app
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
+        self._expected = f"expected a body of at most {max_bytes} bytes (max_body_bytes)"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -55,7 +56,7 @@ class LimitBody:
             body: bytes = message.get("body", b"")
             read += len(body)
             if read > self._max_bytes:
-                raise HTTPException(413, f"expected a body of at most {self._max_bytes} bytes, got more")
+                raise HTTPException(413, f"{self._expected}, got more")
             if inflater is None:
                 return message
             try:
@@ -78,6 +79,6 @@ class LimitBody:
                 if not value.isdigit():
                     raise MalformedInput(f"expected Content-Length to be a number, got {value[:40].decode('latin-1')!r}")
                 if len(value) > 18 or int(value) > self._max_bytes:
-                    raise BodyTooLarge(f"expected a body of at most {self._max_bytes} bytes, got {value.decode()[:24]}")
+                    raise BodyTooLarge(f"{self._expected}, got {value.decode()[:24]}")
         # Several are refused together: each layer multiplies how far a body can expand.
         return Inflater(b", ".join(codings).decode("latin-1"), self._max_bytes) if codings else None

@@ -34,8 +34,8 @@ stream_router = APIRouter(redirect_slashes=False, route_class=reading(JSON))
 async def _prepare(body: PredictRequest, request: Request, ctx: Context, *, climb: bool) -> tuple[Call, Rows]:
     """Everything before the engine. With `climb` a request without a wish climbs to the end."""
     served = served_model(request)
-    if len(body.inputs) > ctx.settings.max_request_rows:
-        raise InvalidInput(f"inputs: expected at most {ctx.settings.max_request_rows} rows, got {len(body.inputs)}")
+    if (rows := len(body.inputs)) > (most := ctx.settings.max_request_rows):
+        raise InvalidInput(f"inputs: expected at most {most} rows (max_request_rows), got {rows}")
     call = open_call(ctx, served, body, len(body.inputs), request.state.arrived_s, climb=climb)
     decode = Decoder(served.manifest, ctx.settings.max_image_pixels).decode
     x = await run_in_threadpool(decode, body.inputs) if takes_long(body.inputs) else decode(body.inputs)

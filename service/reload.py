@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 
+from family.manifest import BundleError
 from service.context import Context
 from service.repository import ServedModel
 from service.version_policy import choose
@@ -33,7 +35,8 @@ async def watch_repository(context: Context) -> None:
 
 async def follow(context: Context, name: str) -> dict[int, Exception]:
     """Serve of this model what its settings choose from the versions that are in the repository now and can be loaded.
-    Returns those that cannot, which are tried again next time: a copy may not be whole yet.
+    Returns those that cannot, which are tried again next time, as a copy may not be whole yet; and those that are served
+    and were written over since.
 
     New versions are served before others go, and rows that wait keep the version that they came for, so no request
     fails. A model of which nothing is left in the repository is served as before: its last version never goes. Of one that
@@ -88,7 +91,29 @@ async def _follow(context: Context, name: str) -> dict[int, Exception]:
             engine.retire(model)
             logger.info("version %d of %s is served no more", version, name)
     _tell(context, name, failed)
-    return failed
+    return failed | await _stale(context, name, found)
+
+
+async def _stale(context: Context, name: str, found: Collection[int]) -> dict[int, Exception]:
+    """Note which served versions are no longer those in their folders. A version is served as it was loaded, as answers and
+    metrics are told apart by its number; so one that was written over is told of, and returned."""
+    repository = context.repository
+    changed: dict[int, Exception] = {}
+    reasons: dict[int, str] = {}
+    for version, model in _served(context, name).items():
+        if version not in found:
+            reasons[version] = "its folder is gone; it is served until there is another version, or it is unloaded"
+        elif await asyncio.to_thread(repository.is_changed, model):
+            reasons[version] = "its folder has another bundle by now, which is not served: export that under a new number"
+            changed[version] = BundleError(f"version {version} is served as it was loaded: {reasons[version]}")
+    for version, reason in reasons.items():
+        if repository.stale.get(name, {}).get(version) != reason:
+            logger.warning("version %d of %s: %s", version, name, reason)
+    if reasons:
+        repository.stale[name] = reasons
+    else:
+        repository.stale.pop(name, None)
+    return changed
 
 
 async def _serve(context: Context, name: str, version: int) -> bool:

@@ -155,6 +155,7 @@ class Repository:
 
     Attributes:
         refused: by model the versions in the folder that should be served and cannot be, with the reason.
+        stale: by model the versions that are served as they were when loaded, and what has become of their folders.
         unloaded: by model the versions that were served until an operator unloaded it, with that for a reason.
     """
 
@@ -168,6 +169,7 @@ class Repository:
         self._root = root
         self._load = load
         self.refused: dict[str, dict[int, str]] = {}
+        self.stale: dict[str, dict[int, str]] = {}
         self.unloaded: dict[str, dict[int, str]] = {}
         for model in models:
             self.add(model)
@@ -229,6 +231,15 @@ class Repository:
             return []
         return _versions(self._root / name)
 
+    def is_changed(self, model: ServedModel) -> bool:
+        """Whether the folder of a served version has another bundle by now, or none that can be read."""
+        if self._root is None or not model.digest:
+            return False
+        try:
+            return sha256_of(self._root / model.name / str(model.version) / MANIFEST_FILE) != model.digest
+        except OSError:
+            return True
+
     def load(self, name: str, version: int) -> ServedModel:
         """Open a version, without serving it yet.
 
@@ -258,6 +269,7 @@ class Repository:
         served = self.versions(name)
         del self._models[name]
         self.refused.pop(name, None)
+        self.stale.pop(name, None)
         self.unloaded[name] = dict.fromkeys(served, "unloaded")
         return list(served.values())
 
@@ -272,6 +284,8 @@ def open_repository(settings: Settings) -> Repository:
     root = settings.models
     if not root.is_dir():
         raise BundleError(f"{root} is no folder: expected a model repository, MODEL/VERSION/ (make one with `hbll export`)")
+    if (root / MANIFEST_FILE).exists():
+        raise BundleError(f"{root} is one bundle: expected the folder of all models, {root.absolute().parent.parent}")
     load = partial(_load, root, settings, ProfileCache(settings.cache_dir))
     models: list[ServedModel] = []
     for folder in sorted(root.iterdir()):
@@ -281,10 +295,14 @@ def open_repository(settings: Settings) -> Repository:
             raise BundleError(f"{folder}: expected a model's name of letters, digits, '.', '_' and '-'")
         found = _versions(folder)
         if not found:
+            if (folder / MANIFEST_FILE).exists():
+                raise BundleError(f"{root} is one model: expected the folder of all models, {root.absolute().parent}")
             raise BundleError(f"{folder} holds no version: expected a folder like {folder / '1'}")
         models.extend(load(folder.name, version) for version in _choose(settings, folder, found))
     if not models:
-        raise BundleError(f"{root} holds no model: expected MODEL/VERSION/ folders (make one with `hbll export`)")
+        raise BundleError(
+            f"{root} holds no model: expected MODEL/VERSION/ folders (`hbll export RUN {root}/MODEL/1` makes one of a run)"
+        )
     names = dict.fromkeys(model.name for model in models)
     if unknown := sorted(set(settings.per_model) - set(names)):
         _say_missing(settings, f"per_model: {root} holds no model {', '.join(unknown)}, only {', '.join(names)}")

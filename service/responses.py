@@ -45,7 +45,7 @@ async def on_http_exception(request: Request, exc: Exception) -> JSONResponse:
     code = _HTTP_CODES.get(exc.status_code, "http_error")
     message = {
         404: f"there is nothing at {request.url.path[:200]}: see /docs for what there is",
-        405: f"{request.method} is not possible at {request.url.path[:200]}",
+        405: f"{request.method} is not possible at {request.url.path[:200]}: expected {_allowed(exc)}",
     }.get(exc.status_code, exc.detail)
     return _respond(request.scope, exc.status_code, code, message, dict(exc.headers or {}), {})
 
@@ -63,6 +63,10 @@ async def on_validation_error(request: Request, exc: Exception) -> JSONResponse:
             MalformedInput(f"the body is no JSON: {first['ctx']['error']} at byte {first['loc'][-1]}"), request.scope
         )
     return error_response(InvalidInput(describe(first)), request.scope)
+
+
+def _allowed(exc: HTTPException) -> str:
+    return (exc.headers or {}).get("Allow", "another method")
 
 
 def let_go(error: BaseException | None) -> None:

@@ -43,7 +43,12 @@ async def list_versions(model: str, ctx: Ctx) -> ModelVersions:
     """The versions of a model: those that are served, and those that should be and cannot."""
     served = ctx.repository.versions(model)
     versions = [
-        VersionSummary(version=version, ready=ctx.answers(each), default=each is ctx.repository.get(model), reason=None)
+        VersionSummary(
+            version=version,
+            ready=ctx.answers(each),
+            default=each is ctx.repository.get(model),
+            reason=ctx.repository.stale.get(model, {}).get(version),
+        )
         for version, each in served.items()
     ]
     refused = [

@@ -242,7 +242,7 @@ class VersionSummary(_Schema):
     ready: bool
     default: bool = Field(description="answers where no version is named")
     reason: str | None = Field(
-        description="why it is not served, although it should be",
+        description="why it is not served, although it should be; or that its folder has another bundle by now",
         examples=["models/digits/3/weights.bin is truncated or changed: ... Copy the bundle again, whole"],
     )
 

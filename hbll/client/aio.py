@@ -70,7 +70,7 @@ class AsyncClient:
     """Asks a server; for any number of asyncio's tasks at once.
 
     Args:
-        base_url: of the server, with a prefix if a proxy puts one before it.
+        base_url: of the server, with a prefix if a proxy puts one before it; `http://` may be left out.
         api_key: sent as `Authorization: Bearer ...`; never shown nor logged.
         timeout_s: how long a call may take with all its attempts, and a stream from its beginning to its end.
         retries: how often a call is tried again after 429, 502, 503 and failed connections, with backoff, not before the
@@ -97,6 +97,8 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        if "://" not in base_url:  # as tritonclient's are written
+            base_url = f"http://{base_url}"
         own = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         try:
             self._http = httpx.AsyncClient(

@@ -153,7 +153,12 @@ async def index(request: Request, ctx: Ctx) -> list[IndexEntry]:
 def index_of(ctx: Context, *, ready: bool) -> list[IndexEntry]:
     """The models that are or were served and those that are refused, or those that are `ready`."""
     entries = [
-        IndexEntry(name=served.name, version=str(served.version), state=_state(ctx, served), reason="")
+        IndexEntry(
+            name=served.name,
+            version=str(served.version),
+            state=_state(ctx, served),
+            reason=ctx.repository.stale.get(served.name, {}).get(served.version, ""),
+        )
         for served in ctx.repository.served
     ] + [
         IndexEntry(name=name, version=str(version), state="UNAVAILABLE", reason=reason)
@@ -181,11 +186,11 @@ async def load(model: str, request: Request, ctx: Ctx) -> Response:
 
 
 async def load_newest(ctx: Context, model: str) -> None:
-    """Serve the highest version of the model in the repository.
+    """Serve the versions of the model that its settings choose from the repository.
 
     Raises:
         NotReady: the server is warming up or shutting down.
-        BadRequest: the bundle is damaged.
+        BadRequest: a bundle is damaged, or one that is served was written over.
         UnknownModel: there is none of that name.
     """
     _require_ready(ctx)

@@ -108,9 +108,12 @@ INVALID = {
     "half a surrogate": ({"inputs": [_tensor(shape="\ud800")]}, "shape: expected [28, 28]"),
     "depth huge": ({"inputs": [GOOD], "depth": 10**4000}, "depth"),
     "member huge": ({"inputs": [GOOD], "x" * 100_000: 1}, "Extra inputs are not permitted"),
-    "huge image": ({"inputs": [{"image": _b64(_png(5000, 5000))}]}, "in all images of a request, got 5000 x 5000 here"),
+    "huge image": (
+        {"inputs": [{"image": _b64(_png(5000, 5000))}]},
+        "in all images of a request (max_image_pixels), got 5000 x 5000 here",
+    ),
     "image bomb": ({"inputs": [{"image": _b64(_png(60_000, 60_000))}]}, "expected at most 16000000 pixels"),
-    "too many rows": ({"inputs": [_tensor()] * 41}, "expected at most 40 rows, got 41"),
+    "too many rows": ({"inputs": [_tensor()] * 41}, "expected at most 40 rows (max_request_rows), got 41"),
     "depth 0": ({"inputs": [GOOD], "depth": 0}, "depth: Input should be greater than or equal to 1, got 0"),
     "depth 8": (
         {"inputs": [GOOD], "depth": 8},
@@ -244,7 +247,7 @@ def test_a_compressed_body_is_read(client: Client) -> None:
 def test_a_body_that_is_too_long_once_decompressed_is_413(client: Client) -> None:
     headers = {"content-encoding": "gzip", "content-type": "application/json"}
     response = client.request("POST", "/v1/models/digits/predict", content=gzip.compress(b" " * 400_001), headers=headers)
-    check(client, response, 413, "expected a body of at most 400000 bytes, got more once decompressed")
+    check(client, response, 413, "expected a body of at most 400000 bytes (max_body_bytes), got more once decompressed")
 
 
 @pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded", "text/plain", "multipart/form-data"])

@@ -28,6 +28,7 @@ from tests.conftest import Trained
 from training.checkpoint import Origin, Progress, load_family, load_origin
 from training.config import MlpConfig, ResMlpConfig, RunConfig, TrainConfig
 from training.dataset import Dataset
+from training.digits import DIGITS
 from training.evaluate import score_paths
 from training.model import build_family
 from training.trainer import train
@@ -265,6 +266,16 @@ def test_verify_does_not_take_nan_for_equal(trained: Trained, monkeypatch: pytes
 def test_verify_refuses_a_checkpoint_of_another_tree(trained: Trained) -> None:
     other = build_family(MlpConfig(hierarchy_depth=2, width=12), seed=1)
     with pytest.raises(BundleError, match="has hierarchy depth 3, the checkpoint 2"):
+        verify_bundle(trained.bundle, trained.manifest, other, lambda _: None)
+
+
+@pytest.mark.parametrize("change", [{"input_shape": (3, 28, 28)}, {"input_shape": (14, 14)}, {"labels": ("a", "b")}])
+def test_verify_refuses_a_checkpoint_of_other_rows_or_classes(trained: Trained, change: dict[str, object]) -> None:
+    """Bug found: of the same depth, it was torch's error about shapes, or a difference of inf."""
+    other = build_family(ResMlpConfig(hierarchy_depth=3, width=12), 1, DIGITS.model_copy(update=change))
+    with pytest.raises(
+        BundleError, match=r"(takes rows of \[28, 28\], the checkpoint others|has 10 classes, the checkpoint 2)"
+    ):
         verify_bundle(trained.bundle, trained.manifest, other, lambda _: None)
 
 

@@ -404,3 +404,12 @@ def test_a_client_that_is_not_closed_keeps_no_program_from_its_end() -> None:
     program = "from hbll.client import Client; client = Client('http://127.0.0.1:9'); raise SystemExit('why')"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr.strip()) == (1, "why")
+
+
+@pytest.mark.parametrize("url", ["test", "test:80", "http://test"])
+def test_a_url_may_do_without_its_scheme(url: str) -> None:
+    server = Server(ok())
+    with Client(url, transport=httpx.MockTransport(server)) as client:
+        client.predict(ROW)
+    assert server.asked[0].url.scheme == "http"
+    assert server.asked[0].url.host == "test"

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from family.manifest import BundleError
+from family.manifest import MANIFEST_FILE, BundleError, sha256_of
 from service.app import create_app
 from service.context import Context
 from service.reload import follow
@@ -139,6 +139,35 @@ def test_a_damaged_version_keeps_the_old_one_is_told_of_once_and_served_when_rep
             del shelf.errors[2]
             await until(lambda: context.repository.get("fake").version == 2)
             assert (await http.post(URL, json=BODY)).json()["version"] == 2
+
+    run(test)
+
+
+def test_a_served_version_that_is_written_over_is_told_of(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug found: nothing was said, and `load` answered as if it were served."""
+
+    async def test() -> None:
+        async with serving(shelf, poll_s=0) as (app, http):
+            manifest = shelf.root / "fake" / "1" / MANIFEST_FILE
+            manifest.write_text("one")
+            app.state.context.repository.get("fake").digest = sha256_of(manifest)
+            assert (await http.post("/v2/repository/models/fake/load")).status_code == 200
+            manifest.write_text("another")
+            for _ in range(2):
+                response = await http.post("/v2/repository/models/fake/load")
+                assert response.status_code == 400
+                assert "export that under a new number" in response.json()["error"]
+            (entry,) = (await http.post("/v2/repository/index")).json()
+            (version,) = (await http.get("/v1/models/fake/versions")).json()["versions"]
+            assert (entry["state"], version["ready"]) == ("READY", True)
+            assert entry["reason"] == version["reason"]
+            assert entry["reason"].startswith("its folder has another bundle by now")
+            assert caplog.text.count("another bundle by now") == 1
+            manifest.unlink()
+            shelf.take(1)
+            assert (await http.post("/v2/repository/models/fake/load")).status_code == 200
+            (entry,) = (await http.post("/v2/repository/index")).json()
+            assert entry["reason"].startswith("its folder is gone")
 
     run(test)
 

@@ -71,6 +71,12 @@ def test_folders_that_are_no_repository_say_what_is_expected(tmp_path: Path) -> 
         open_repository(Settings(models=tmp_path / "missing"))
     with pytest.raises(BundleError, match="holds no model"):
         open_repository(Settings(models=tmp_path))
+    for place in ("digits/1", "digits"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "digits" / "1" / "manifest.json").touch()
+        with pytest.raises(BundleError, match=f"is one (bundle|model): expected the folder of all models, {tmp_path}$"):
+            open_repository(Settings(models=tmp_path / place))
+    shutil.rmtree(tmp_path / "digits")
     (tmp_path / "digits").mkdir()
     with pytest.raises(BundleError, match="holds no version: expected a folder like"):
         open_repository(Settings(models=tmp_path))
