@@ -15,7 +15,7 @@ ARGS   ?=
 # onnxruntime-gpu where an NVIDIA driver is present, else its CPU twin.
 RUNTIME := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
 
-.PHONY: help install demo train compare evaluate export verify serve test kserve lint type format openapi settings proto figures bench-family bench rehearse clean
+.PHONY: help install demo train compare evaluate export verify serve test kserve lint type format openapi settings config-page proto figures bench-family bench rehearse clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,6 +76,9 @@ openapi: $(READY) ## write openapi.yaml from the app
 
 settings: $(READY) ## write the table of docs/settings.md from the settings
 	$(BIN)/python -m service.settings_page docs/settings.md
+
+config-page: $(READY) ## write the tables of docs/config.md from the configuration
+	$(BIN)/python -m training.config_page docs/config.md
 
 bench-family: runs/bench-models/bench/1/manifest.json ## train and export the family of the benchmarks, once: 8 minutes
 

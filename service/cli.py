@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from uvicorn.config import STARTUP_FAILURE
@@ -78,14 +80,15 @@ def serve(show_config: bool, **flags: Any) -> None:
 def _require_free(host: str, port: int) -> None:
     """Say that the port cannot be opened before models are loaded and warmed up. uvicorn tries after that."""
     with suppress(socket.gaierror):  # it says that itself
-        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        places = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = places[0]
         with socket.socket(family, kind, protocol) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 tried.bind(address)
             except OSError as exc:
-                instead = "stop what listens there, or choose another by --port"
-                raise click.ClickException(f"port {port} of {host} cannot be opened, {exc.strerror}: {instead}") from exc
+                taken = ": stop what listens there, or choose another by --port" if exc.errno == errno.EADDRINUSE else ""
+                raise click.ClickException(f"port {port} of {host} cannot be opened, {exc.strerror}{taken}") from exc
 
 
 @click.command()
@@ -106,6 +109,10 @@ def inspect(bundle: Path) -> None:
     weights = (bundle / WEIGHTS_FILE).stat().st_size
     separate = PARAMETER_BYTES * sum(entry.parameters for entry in manifest.offered.values())
     console.print(
+        "val., test: accuracy, %. agree: with the reference path (ref.) on validation data, %. ECE: expected calibration "
+        "error on test data, %. front: on the Pareto front; best: of its depth."
+    )
+    console.print(
         f"MB: weights of each path by itself, {separate / 1e6:.2f} MB in sum; "
         f"all {len(manifest.offered)} paths share {weights / 1e6:.2f} MB"
     )
@@ -121,14 +128,16 @@ def inspect(bundle: Path) -> None:
 
 
 def path_table(manifest: Manifest, title: str) -> Table:
-    """The offered paths of a bundle as a table."""
-    table = Table(title=f"{title}: {manifest.name}, hierarchy depth {manifest.hierarchy_depth}")
-    shares = ("validation %", "test %", "agreement %", "ECE %")
-    for column in ("path", "depth", *shares, "MFLOP", "parameters", "MB", ""):
-        table.add_column(column, justify="left" if column in ("path", "") else "right")
+    """The offered paths of a bundle as a table that fits 80 columns at hierarchy depth 3; longer paths are folded."""
+    table = Table(
+        title=f"{title}: {manifest.name}, hierarchy depth {manifest.hierarchy_depth}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("path", overflow="fold", no_wrap=manifest.hierarchy_depth <= 3)
+    for column in ("depth", "val.", "test", "agree", "ECE", "MFLOP", "parameters", "MB", ""):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     front, best = set(manifest.front), set(manifest.best_by_depth.values())
     for path, entry in manifest.offered.items():
-        note = "Pareto" if path in front else "best of its depth" if path in best else ""
+        notes = {"ref.": path == manifest.reference, "front": path in front, "best": path in best}
         table.add_row(
             format_path(path),
             str(len(path)),
@@ -136,9 +145,9 @@ def path_table(manifest: Manifest, title: str) -> Table:
             f"{100 * entry.test.accuracy:.1f}",
             f"{100 * entry.validation.agreement:.1f}",
             f"{100 * entry.test.calibration_error:.1f}",
-            f"{entry.flops / 1e6:.2f}",
+            f"{entry.flops / 1e6:.3g}",
             f"{entry.parameters:,}",
             f"{PARAMETER_BYTES * entry.parameters / 1e6:.2f}",
-            "reference" if path == manifest.reference else note,
+            next((note for note, holds in notes.items() if holds), ""),
         )
     return table

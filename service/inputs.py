@@ -95,7 +95,7 @@ class Decoder:
                 self._pixels_left -= image.width * image.height
                 if self._pixels_left < 0:
                     raise InvalidInput(f"{too_many}, got {image.width} x {image.height} here")
-                if image.format == "JPEG" and data.count(_SCAN) > _MOST_SCANS:
+                if image.format in ("JPEG", "MPO") and data.count(_SCAN) > _MOST_SCANS:
                     raise InvalidInput(f"{where}: expected a JPEG of at most {_MOST_SCANS} scans, got more")
                 return pixels_of(image, wanted)
         except UnidentifiedImageError as exc:

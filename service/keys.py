@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -165,9 +164,9 @@ async def require_operator(request: Request) -> None:
     """
     headers = request.headers
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    own = site in ("same-origin", "none") if site else not origin or urlsplit(origin).netloc == headers.get("host")
+    own = site in ("same-origin", "none") if site else not origin or origin.partition("://")[2] == headers.get("host")
     if not own:
-        raise Forbidden("expected this to be asked by no page of another site")
+        raise Forbidden("a page of another site may not ask for this (Origin and Host differ: a proxy has to pass Host on)")
     key: Key | None = request.scope["state"].get("key")
     if key is not None:
         check_operator(key)

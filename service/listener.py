@@ -176,6 +176,7 @@ class BoundedConnection(HttpToolsProtocol):
             alarm.unset()
         if self._begun is not None:  # uvicorn knows the latest alone, of those that came one after the other
             self._begun.disconnected = True
+            self._begun.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -207,6 +208,9 @@ class BoundedConnection(HttpToolsProtocol):
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as exc:
+                if not self._declined:  # CONNECT, whose every word is another protocol
+                    self._refuse(MalformedRequest("expected another method than CONNECT: this is no proxy"))
+                    return
                 data = data[exc.args[0] :]
                 head = self._head_without_offer()
                 self._declined = False
@@ -237,8 +241,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The parser's: the app is called from here."""
-        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
-            self._declined = True
+        if self.parser.should_upgrade():
+            self._declined = self.parser.get_method() != b"CONNECT"
             return
         self._in_head = False
         self._beside_bytes = 0
@@ -257,7 +261,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The parser's: the next request may begin."""
-        if self._declined:
+        if self.parser.should_upgrade():
             return
         self._in_head = True
         self._unparsed_bytes = 0
@@ -304,7 +308,8 @@ class BoundedConnection(HttpToolsProtocol):
         if self.cycle.response_started:
             self.transport.abort()
         else:
-            self._refuse(HeadersTooLarge(f"expected trailers of at most {self.max_header_bytes} bytes, got more"))
+            most = f"{self.max_header_bytes} bytes"
+            self._refuse(HeadersTooLarge(f"expected trailers and chunk extensions of at most {most}, got more"))
 
     def refuse_unread(self, cycle: RequestResponseCycle, error: ServiceError) -> None:
         """Answer a whole request without the app. The connection stays, if its client keeps it."""

@@ -26,7 +26,7 @@ async def watch_repository(context: Context) -> None:
         except OSError as exc:
             logger.warning("the repository cannot be searched for new versions: %s", exc)
             continue
-        for name in sorted({*names, *context.repository.refused}):
+        for name in sorted({*names, *context.repository.models, *context.repository.refused}):
             try:
                 await follow(context, name)
             except Exception:  # one model less is no reason to look for no more
@@ -104,7 +104,8 @@ async def _stale(context: Context, name: str, found: Collection[int]) -> dict[in
         if version not in found:
             reasons[version] = "its folder is gone; it is served until there is another version, or it is unloaded"
         elif await asyncio.to_thread(repository.is_changed, model):
-            reasons[version] = "its folder has another bundle by now, which is not served: export that under a new number"
+            different = "its folder now holds a different bundle, which is not served"
+            reasons[version] = f"{different}: export it under a new version number"
             changed[version] = BundleError(f"version {version} is served as it was loaded: {reasons[version]}")
     for version, reason in reasons.items():
         if repository.stale.get(name, {}).get(version) != reason:

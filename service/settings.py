@@ -113,7 +113,9 @@ class Settings(BaseSettings, ModelSettings):
     max_connections: int = Field(4096, ge=1, description="open connections; a request on one more gets 503")
     header_timeout_s: float = Field(10, gt=0, description="for a request's headers to arrive, from the connection's start")
     body_timeout_s: float = Field(
-        30, gt=0, description="for a request's whole body to arrive; beyond: 408; and as long for an answer to be taken"
+        30,
+        gt=0,
+        description="for a whole body to arrive; beyond: 408; also how long a client may stop reading its answer",
     )
 
     keys_file: Path | None = Field(

@@ -123,7 +123,8 @@ def refuse_query(query: bytes) -> None:
     """
     for name in parse_qs(query.decode("latin-1"), keep_blank_values=True) if query else ():
         if name in _QUERY:
-            raise InvalidInput(f"query {name}: it goes with a raw body; expected {name} in the JSON, or as a header")
+            instead = f"put {name} into the JSON, or a header"
+            raise InvalidInput(f"query {name}: only raw bodies take wishes in the query; {instead}")
 
 
 def with_headers(wishes: W, headers: Iterable[tuple[bytes, bytes]]) -> W:

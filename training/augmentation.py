@@ -93,7 +93,7 @@ class RandAugment:
         drawn = rng.random((len(images), len(self._operations))).argsort(axis=1)[:, :_OPERATIONS]
         result = images.clone()
         with torch.random.fork_rng(devices=()):  # kornia draws from torch's generator, which is not the run's
-            torch.manual_seed(int(rng.integers(2**63)))
+            torch.default_generator.manual_seed(int(rng.integers(2**63)))
             for turn in drawn.T:
                 for number, operation in enumerate(self._operations):
                     rows = torch.from_numpy(np.flatnonzero(turn == number))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import textwrap
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +29,10 @@ from training.sources import load_data, load_data_of
 from training.splits import Splits
 from training.trainer import LOG_FILE, History, Report, TrainingDiverged
 
-_METHODS = "\b\nMethods:\n" + "\n".join(f"  {name:12} {method.summary}" for name, method in METHODS.items())
+_METHODS = "\b\nMethods:\n" + "\n".join(
+    textwrap.fill(method.summary, 76, initial_indent=f"  {name:12} ", subsequent_indent=" " * 15)
+    for name, method in METHODS.items()
+)
 
 
 def _overrides(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, object]:
@@ -151,8 +155,8 @@ def train(
       hbll train --method bp --blocks 3 --budget 90 --out runs/bp3
       hbll train --config training/configs/mlp.toml --out runs/mlp
       hbll train --resume --out runs/mlp
-      torchrun --nproc-per-node 2 -m hbll train --method hbll --tree-ranks 2 --out runs/both
-      hbll train --config training/configs/resmlp.toml --set model.width=96 --set train.lr=2e-3 --dry-run
+      torchrun --nproc-per-node 2 -m hbll train --method hbll --tree-ranks 2
+      hbll train --set model.width=96 --set train.lr=2e-3 --dry-run
     """
     flags = {"method": method, "blocks": blocks, "hbll_share": hbll_share, "seed": seed, "budget": budget}
     given: dict[str, object] = {f"train.{key}": value for key, value in flags.items() if value is not None}
@@ -181,7 +185,7 @@ def train(
     except OSError as exc:
         raise click.ClickException(
             f"cannot write {exc.filename or out}: {exc.strerror or exc}. What was written before is intact: once that "
-            "is mended, go on with --resume"
+            "is fixed, continue with --resume"
         ) from exc
     except (ConfigError, CheckpointError, DataError, ShapeError, TeamError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
@@ -232,8 +236,8 @@ def compare(
     \b
     Examples:
       hbll compare --config training/configs/digits.toml
-      hbll compare --config training/configs/resmlp.toml --rates 1e-3,2e-3,4e-3,8e-3
-      hbll compare --methods hbll+chains,exits,bp --seeds 0 --budget 13 --out runs/smoke
+      hbll compare --config training/configs/resmlp.toml --rates 2e-3,4e-3,8e-3
+      hbll compare --methods exits,bp --seeds 0 --budget 13 --out runs/smoke
     """
     torch.set_num_threads(threads)
     given: dict[str, object] = {} if budget is None else {"train.budget": budget}

@@ -94,7 +94,7 @@ ModelConfig = VitConfig | MlpConfig | ResMlpConfig | GptConfig | CustomConfig
 class TrainConfig(Section):
     """How a family is trained."""
 
-    method: MethodName = Field("hbll+chains", description=" | ".join(get_args(MethodName)))
+    method: MethodName = Field("hbll+chains", description="what a step does; `hbll train -h` tells them apart")
     blocks: int | None = Field(
         None, ge=1, description="blocks of the one network that bp or cffm trains; none: cffm trains all, bp must have it"
     )
@@ -111,10 +111,10 @@ class TrainConfig(Section):
     seed: int = Field(
         0, ge=0, lt=2**32, description="of the initialisation, the order, the shifts, the chains and the noise"
     )
-    batch: int = Field(64, ge=1)
+    batch: int = Field(64, ge=1, description="training rows of a step")
     lr: float = Field(8e-3, gt=0, description="peak of AdamW's rate, after the warm-up and before the cosine to zero")
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(100, ge=0)
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW: a step shrinks weights by this share of its rate")
+    warmup_steps: int = Field(100, ge=0, description="steps over which the rate rises to `lr`")
     nudge: float = Field(
         0.5, ge=0, description="c of HBLL's posterior step (eq. 31), on each example's own gradient; hbll-paper: always 1/4"
     )

@@ -110,9 +110,9 @@ class ImagesConfig(SplitConfig, Augmented, _Corrupted):
     """A folder of images with one subfolder for each class, which is named like it."""
 
     kind: Literal["images"] = "images"
-    folder: Path
+    folder: Path = Field(description="with a subfolder for each class, of PNG, JPEG, WebP, BMP or GIF files")
     height: int = Field(32, ge=1, le=4096, description="images are resized to this")
-    width: int = Field(32, ge=1, le=4096)
+    width: int = Field(32, ge=1, le=4096, description="images are resized to this")
     channels: Literal[1, 3] = Field(3, description="1: grey, 3: colour")
     max_pixels: int = Field(16_000_000, ge=1, description="of one file; one that is larger is refused before it is decoded")
 

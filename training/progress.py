@@ -83,9 +83,11 @@ def train_with_bar(
         try:
             return train(run, out, data, on_step, family=family, resume=resume, team=team)
         except KeyboardInterrupt as exc:
+            if not team.leads:
+                raise
             if (out / CHECKPOINT_FILE).exists():
                 raise Interrupted(
-                    f"stopped{last}: go on from the last checkpoint with the same command and --resume"
+                    f"stopped{last}: continue from the last checkpoint with the same command plus --resume"
                 ) from exc
             raise Interrupted(f"stopped{last}, before the first checkpoint: the same command starts anew") from exc
 

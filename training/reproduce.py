@@ -44,7 +44,9 @@ console = Console()
 
 
 @click.command()
-@click.argument("names", nargs=-1, type=click.Choice([*EXPERIMENTS, "all", *RESEARCH]), required=True)
+@click.argument(
+    "names", metavar="EXPERIMENT...", nargs=-1, type=click.Choice([*EXPERIMENTS, "all", *RESEARCH]), required=True
+)
 @click.option("--scale", type=click.Choice(get_args(Scale)), default="small", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/reproduce"), show_default=True)
 @click.option(
@@ -61,15 +63,24 @@ def reproduce(
     """Repeat experiments of the paper and set its figures beside ours.
 
     Every experiment gets the folder OUT/NAME-SCALE with NAME.md, NAME.csv, NAME.png and its runs. Interrupted, it reports
-    what has ended; the same command goes on where it was, and finished runs are not run again. `all` are the paper's;
-    local-rules is research of ours, on rules with local gradients whose family might rise with depth (an hour of one core).
+    what has ended; the same command goes on where it was, and finished runs are not run again.
+
+    \b
+    Experiments:
+      table1, table3, table6, table7, table8, table9, fig3
+                   the paper's
+      all          all of these
+      local-rules  research of ours: rules with local gradients whose family
+                   might rise with depth (an hour of one core)
 
     \b
     Scales:
       smoke  does everything work; the figures mean nothing
-      small  57 core-minutes for all (--jobs 2 takes two cores), on embedded data, which are not the paper's
-      paper  the published settings, on the published files in --data: MNIST for table1 and table6, CIFAR-10 for table3 and
-             table7, CIFAR-100 for table8, WikiText-103 (or other text files) for table9
+      small  57 core-minutes for all (--jobs 2 takes two cores), on embedded
+             data, which are not the paper's
+      paper  the published settings, on the published files in --data: MNIST
+             for table1 and table6, CIFAR-10 for table3 and table7, CIFAR-100
+             for table8, WikiText-103 (or other text files) for table9
 
     Nothing is downloaded without --download. Every file is compared with its published MD5.
     """

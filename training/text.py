@@ -29,7 +29,7 @@ WINDOWS = 1000
 """Rows of a split, at most, where windows are rows; those of a short text overlap."""
 BYTE_LABELS = tuple(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in range(256))
 """A byte as text: itself if it is printable ASCII, else as in `\\x0a`."""
-_FILE_MARKS = {"train": {"train", "training"}, "validation": {"valid", "validation"}, "test": {"test"}}
+_FILE_MARKS = {"train": {"train", "training"}, "validation": {"valid", "validation"}, "test": {"test", "testing"}}
 """Words in the name of a file that is of one split."""
 
 

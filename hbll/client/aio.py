@@ -73,9 +73,9 @@ class AsyncClient:
         base_url: of the server, with a prefix if a proxy puts one before it; `http://` may be left out.
         api_key: sent as `Authorization: Bearer ...`; never shown nor logged.
         timeout_s: how long a call may take with all its attempts, and a stream from its beginning to its end.
-        retries: how often a call is tried again after 429, 502, 503 and failed connections, with backoff, not before the
-            server's Retry-After, and only while its deadline and its budget leave time. Also if a connection broke after
-            the request was sent: predictions change nothing at the server, so asking twice does no harm.
+        retries: how often a call is tried again after 408, 429, 502, 503 and failed connections, with backoff, not before
+            the server's Retry-After, and only while its deadline and its budget leave time. Also if a connection broke
+            after the request was sent: predictions change nothing at the server, so asking twice does no harm.
         hedge_after_s: send a second, identical request if the first has no answer after that long, and take what comes
             first; the other is given up, and the server drops it. It buys a better tail with more load: off by default.
         verify: of TLS; an `ssl.SSLContext` for certificates of one's own.

@@ -133,5 +133,7 @@ def test_the_query_is_for_raw_bodies_alone(client: Client, url: str) -> None:
     body = {"inputs": [[[0.5] * 28] * 28], "depth": 3}
     response = client.request("POST", f"{url}?depth=2", json=body)
     assert (response.status_code, response.json()["code"]) == (422, "invalid_input")
-    assert response.json()["error"].startswith("query depth: it goes with a raw body; expected depth in the JSON")
+    assert response.json()["error"].startswith(
+        "query depth: only raw bodies take wishes in the query; put depth into the JSON"
+    )
     assert client.request("POST", f"{url}?nonsense", json=body).status_code == 200

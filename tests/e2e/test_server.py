@@ -211,7 +211,7 @@ def test_inspect_and_verify_show_a_whole_bundle(trained: Trained) -> None:
     done = hbll("inspect", trained.bundle)
     assert done.returncode == 0, done.stderr
     assert "1-2-3-4-5-6-7" in done.stdout
-    assert "reference" in done.stdout
+    assert "(ref.)" in done.stdout
     done = hbll("verify", trained.bundle, "--checkpoint", trained.run)
     assert done.returncode == 0, done.stderr
     assert "25 paths agree in all forms" in done.stdout

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 from contextlib import nullcontext
 
 import numpy as np
@@ -121,14 +122,26 @@ def test_what_is_no_token_is_refused(row: object, message: str) -> None:
         Decoder(TOKENS, 0).decode([row])
 
 
+def _two_pictures() -> bytes:
+    """A segment that names two pictures in one file (CIPA DC-007): Pillow calls such a JPEG an MPO."""
+    fields = [(0xB000, 7, 4, b"0100"), (0xB001, 4, 1, struct.pack("<L", 2)), (0xB002, 7, 32, struct.pack("<L", 50))]
+    table = struct.pack("<H", 3) + b"".join(struct.pack("<HHL4s", *field) for field in fields) + bytes(4)
+    pictures = struct.pack("<LLLHH", 0x030000, 1000, 0, 0, 0) + struct.pack("<LLLHH", 0, 1000, 0, 0, 0)
+    body = b"MPF\0II*\0" + struct.pack("<L", 8) + table + pictures
+    return b"\xff\xe2" + struct.pack(">H", len(body) + 2) + body
+
+
+TWO_PICTURES = _two_pictures()
+
+
 def test_a_jpeg_has_at_most_a_hundred_scans() -> None:
     """Bug found: a kilobyte, compressed, of thousands of them kept a processor busy for eight seconds."""
     file = io.BytesIO()
     Image.new("L", (64, 64), 128).save(file, "JPEG", progressive=True)
     content = file.getvalue()
     start, end = content.rindex(b"\xff\xda"), content.rindex(b"\xff\xd9")
-    for scans, refused in ((80, False), (5000, True)):
-        bomb = content[:end] + content[start:end] * scans + content[end:]
+    for scans, named, refused in ((80, b"", False), (5000, b"", True), (5000, TWO_PICTURES, True)):
+        bomb = content[:2] + named + content[2:end] + content[start:end] * scans + content[end:]
         decoding = pytest.raises(InvalidInput, match="a JPEG of at most 100 scans") if refused else nullcontext()
         with decoding:
             Decoder(MANIFEST, 1_000_000).decode([{"image": base64.b64encode(bomb).decode()}])

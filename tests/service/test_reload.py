@@ -156,13 +156,13 @@ def test_a_served_version_that_is_written_over_is_told_of(shelf: Shelf, caplog: 
             for _ in range(2):
                 response = await http.post("/v2/repository/models/fake/load")
                 assert response.status_code == 400
-                assert "export that under a new number" in response.json()["error"]
+                assert "export it under a new version number" in response.json()["error"]
             (entry,) = (await http.post("/v2/repository/index")).json()
             (version,) = (await http.get("/v1/models/fake/versions")).json()["versions"]
             assert (entry["state"], version["ready"]) == ("READY", True)
             assert entry["reason"] == version["reason"]
-            assert entry["reason"].startswith("its folder has another bundle by now")
-            assert caplog.text.count("another bundle by now") == 1
+            assert entry["reason"].startswith("its folder now holds a different bundle")
+            assert caplog.text.count("a different bundle") == 1
             manifest.unlink()
             shelf.take(1)
             assert (await http.post("/v2/repository/models/fake/load")).status_code == 200

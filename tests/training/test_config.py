@@ -13,9 +13,11 @@ from training.config import (
     TrainConfig,
     VitConfig,
     dump_config,
+    kinds_of,
     load_config,
     parse_override,
 )
+from training.config_page import config_tables, with_tables
 
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.toml"))
 
@@ -103,3 +105,17 @@ def test_a_setting_that_cannot_be_is_named(text: str, message: str) -> None:
 def test_a_printed_configuration_can_be_read_back(tmp_path: Path, config: RunConfig) -> None:
     (tmp_path / "config.toml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.toml") == config
+
+
+def test_the_page_of_keys_is_what_they_say_of_themselves() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
+    assert config_tables() in page, "run `make config-page`"
+    assert with_tables(page) == page
+    assert with_tables(page.replace("| `lr` |", "| `rl` |")) == page
+
+
+def test_every_key_says_what_it_is_for() -> None:
+    sections = [RunConfig, TrainConfig, *kinds_of("model").values(), *kinds_of("data").values()]
+    known = {"kind", "model", "data", "train"}  # headings of the page
+    silent = {f"{each.__name__}.{key}" for each in sections for key, f in each.model_fields.items() if not f.description}
+    assert {name for name in silent if name.partition(".")[2] not in known} == set()
