@@ -230,7 +230,11 @@ def test_a_port_that_cannot_be_had_stops_start_up(trained: Trained) -> None:
                 f"the gRPC port {port} of 127.0.0.1 cannot be opened: Address already",
             ),
             (serve(trained, HBLL_GRPC_PORT="70000"), "grpc_port (environment HBLL_GRPC_PORT): Input should be less than"),
-            (serve(trained, HBLL_GRPC_PORT="0", HBLL_HOST="203.0.113.1"), "the gRPC port 0 of 203.0.113.1 cannot be"),
+            (
+                serve(trained, "--port", str(port)),
+                f"port {port} of 127.0.0.1 cannot be opened, Address already in use: stop",
+            ),
+            (serve(trained, HBLL_HOST="203.0.113.1"), "of 203.0.113.1 cannot be opened, Cannot assign requested address\n"),
         ):
             assert done.returncode == 1
             assert message in done.stderr

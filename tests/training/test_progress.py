@@ -81,7 +81,7 @@ def _interrupted_after(wanted: str, folder: Path) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["train"], r"stopped at step \d+ \(\d+%\): go on from the last checkpoint with the same command and --resume"),
+        (["train"], r"stopped at step \d+ \(\d+%\): continue from the last checkpoint with the same command plus --resume"),
         (
             ["compare", "--methods", "hbll", "--seeds", "0"],
             r"stopped in run 1 of 2, hbll-work-seed0, at step \d+ \(\d+%\): the same command goes on from the last",
