@@ -493,6 +493,7 @@ def test_kserve_requests_are_answered(client: Client, images: np.ndarray, binary
         ({"sec-fetch-site": "none"}, 404),
         ({"origin": "http://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
         ({"origin": "http://test"}, 404),
         ({}, 404),
     ],
