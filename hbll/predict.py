@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hbll.client import DEFAULT_URL, Answer, Client, HbllError, PredictOptions, Rung
 
-console = Console()
+console = Console(markup=False)  # labels and file names may have brackets
 
 
 @click.command()
@@ -79,7 +79,9 @@ def predict(
 
 def _only_model(client: Client) -> str:
     names = [model.name for model in client.models()]
-    if len(names) != 1:
+    if not names:
+        raise click.ClickException("no model is served there")
+    if len(names) > 1:
         raise click.ClickException(f"several models are served: add --model, one of {', '.join(names)}")
     return names[0]
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
@@ -175,7 +176,8 @@ class AsyncClient:
         call = self._open({})
         with self._sender.deadline(call):
             name = await self._name(call, model)
-            content = await self._sender.ask(call, plan_request(name, version, rows, wishes))
+            with self._forgetting(name):
+                content = await self._sender.ask(call, plan_request(name, version, rows, wishes))
             return read(Plan, content, answers=read_all(PlannedAnswer, content, "answers"))
 
     async def models(self) -> tuple[Model, ...]:
@@ -199,8 +201,13 @@ class AsyncClient:
         call = self._open({})
         with self._sender.deadline(call), self._sender.reached():
             response = await self._http.get("/health/ready", headers={"X-Request-Id": call.request_id})
-            status = 200 if response.status_code == 503 else response.status_code  # both have the same content
-            return read(Readiness, content_of(status, response.content))
+            try:
+                content = content_of(response.status_code, response.content)
+            except Unavailable as error:
+                if "ready" not in error.details:  # a proxy's 503, or that of a server with too many connections
+                    raise
+                content = dict(error.details)
+            return read(Readiness, content)
 
     async def aclose(self) -> None:
         """Close all connections; calls that are being made end with a RuntimeError."""
@@ -235,13 +242,14 @@ class AsyncClient:
     async def _resolve(self, call: Call, inputs: Inputs, model: str | None, version: int | None) -> tuple[str, list[Row]]:
         """The model's name, and the rows for it."""
         name = await self._name(call, model)
-        detail = self._details.get((name, version))
-        if detail is None and holds_arrays(inputs):
-            detail = await self._describe(call, name, version)
-        shape, datatype = (detail.input_shape, detail.input_datatype) if detail else (None, "FP32")
         with self._forgetting(name):
-            if takes_long(inputs):
-                return name, await anyio.to_thread.run_sync(rows_of, inputs, shape, datatype)
+            detail = self._details.get((name, version))
+            if detail is None and holds_arrays(inputs):
+                detail = await self._describe(call, name, version)
+            shape, datatype = (detail.input_shape, detail.input_datatype) if detail else (None, "FP32")
+            if takes_long(inputs):  # a file can be a pipe, or on a disk that does not answer: the deadline holds there too
+                read_rows = partial(rows_of, inputs, shape, datatype)
+                return name, await anyio.to_thread.run_sync(read_rows, abandon_on_cancel=True)
             return name, rows_of(inputs, shape, datatype)
 
     async def _name(self, call: Call, model: str | None) -> str:
@@ -249,7 +257,9 @@ class AsyncClient:
             return model
         if self._only is None:
             found = await self._list(call)
-            if len(found) != 1:
+            if not found:
+                raise NotServed(f"no model is served at {self._http.base_url}")
+            if len(found) > 1:
                 raise InvalidRequest(f"model: expected one of {', '.join(each.name for each in found)}, got none")
             self._only = found[0].name
         return self._only

@@ -1,12 +1,12 @@
 """What can go wrong with a call, whatever the protocol below says.
 
     HbllError
-    +-- InvalidRequest      400, 405, 413, 415, 422, and what is found before anything is sent: another request is needed
+    +-- InvalidRequest      400, 405, 413, 415, 422, 431, and what is found before anything is sent: ask otherwise
     +-- Unauthorized        401, 403
     +-- NotServed           404: no such model or version there
     +-- Refused             429: too much is asked of the server now; `retry_after_s`
     +-- DeadlineExceeded    504, a spent budget, or no answer within `timeout_s`; `smallest_feasible_budget_ms`
-    +-- Unavailable         502, 503, no connection, or one that broke
+    +-- Unavailable         408, 502, 503, no connection, or one that broke
     +-- ServerFailed        500 and the rest of 5xx: the server's log has the cause
     +-- UnexpectedAnswer    not what an HBLL server says
 
@@ -137,6 +137,6 @@ def _seconds(retry_after: str | None) -> float | None:
         return float(retry_after)
     try:
         at = parsedate_to_datetime(retry_after)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

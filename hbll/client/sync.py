@@ -51,12 +51,13 @@ class Client:
     ) -> Generator[Rung | Answer]:
         """See `AsyncClient.stream`; here it is `contextlib.closing`, or leaving the loop, that stops the server's work."""
         events = self._client.stream(inputs, model=model, **options)
-        try:
-            while (event := self._run(partial(_next, events))) is not None:
+        while (event := self._run(partial(_next, events))) is not None:  # what that raises, an interrupt too, has ended it
+            try:
                 yield event
-        finally:
-            if not self._closed:  # else it ended with its event loop
-                self._run(events.aclose)
+            except BaseException:
+                if not self._closed:  # else it ended with its event loop
+                    self._run(events.aclose)
+                raise
 
     def plan(
         self, model: str | None = None, *, version: int | None = None, rows: int = 1, **wishes: Unpack[Wishes]
@@ -79,7 +80,8 @@ class Client:
     def close(self) -> None:
         """Close all connections and end the thread; calls that other threads are making end with a RuntimeError."""
         self._closed = True
-        self._exit.close()
+        if os.getpid() == self._pid:  # in a forked process there is no thread to wait for
+            self._exit.close()
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import anyio
 import anyio.lowlevel
@@ -265,6 +266,13 @@ def test_hedges_end_in_an_error_only_if_both_do_and_none_is_sent_after_an_answer
     assert len(server.asked) == 2
 
 
+def test_what_goes_wrong_in_a_hedged_call_comes_as_in_any_other() -> None:
+    """Bug found: it came in an ExceptionGroup."""
+    for options in ({}, {"hedge_after_s": 60}):
+        with Server(RuntimeError("closed")).client(**options) as client, pytest.raises(RuntimeError, match="closed"):
+            client.predict(ROW)
+
+
 RUNG = PREDICTION | {"stopped_by": None, "row": 0, "final": False, "total_ms": 0.3}
 FINAL = PREDICTION | {"row": 0, "final": True, "total_ms": 0.4}
 END = {"model": "m", "version": 1, "deadline_met": None, "risk": None, **TIMES}
@@ -308,6 +316,65 @@ def test_readiness_is_told_not_raised() -> None:
         assert client.ready() == Readiness(ready=False, drift_alarms={"m": (0.1,)})
 
 
+@pytest.mark.parametrize("answer", [httpx.Response(503, text="<html>"), error(503, "too_many_connections")])
+def test_a_503_that_is_not_about_readiness_is_raised(answer: httpx.Response) -> None:
+    """Bug found: a proxy's page was told as "the server answered 200"."""
+    transport = httpx.MockTransport(lambda _: answer)
+    with Client("http://test", transport=transport) as client, pytest.raises(Unavailable, match="server answered 503"):
+        client.ready()
+
+
+def test_a_server_without_models_is_said_to_have_none() -> None:
+    def nothing(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"models": []})
+
+    transport = httpx.MockTransport(nothing)
+    with Client("http://test", transport=transport) as client, pytest.raises(NotServed, match="no model is served"):
+        client.plan()
+
+
+def test_every_call_asks_anew_which_model_there_is_after_it_was_gone() -> None:
+    """Bug found: plans, and predictions that first asked for the shape, went on asking for the model that was gone."""
+    served = ["old"]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked = request.url.path.split("/")
+        if len(asked) == 3:
+            return httpx.Response(200, json={"models": [MODEL | {"name": served[-1]}]})
+        plan = {
+            "model": "",
+            "policy": "",
+            "path": "4",
+            "depth": 1,
+            "expected_ms": 1,
+            "feasible": True,
+            "reason": "",
+            "answers": [],
+        }
+        found = {"plan": plan, "predict": ANSWER}.get(asked[-1], {})
+        return httpx.Response(200, json=MODEL | found) if asked[3] == served[-1] else error(404, "unknown_model")
+
+    for call in (lambda client: client.plan(), lambda client: client.predict(ROW)):
+        with Client("http://test", transport=httpx.MockTransport(answer)) as client:
+            client.plan()
+            served.append("new")
+            with pytest.raises(NotServed):
+                call(client)
+            call(client)
+            served.append("newer")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+def test_a_file_that_cannot_be_read_to_its_end_does_not_outlast_the_deadline(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    try:
+        with Server().client() as client, pytest.raises(DeadlineExceeded):
+            client.predict(pipe, model="m", timeout_s=0.1)
+    finally:
+        os.close(os.open(pipe, os.O_RDWR))  # lets the thread end that waits for a writer
+
+
 def test_an_unknown_option_is_a_type_error() -> None:
     with Server().client() as client, pytest.raises(TypeError, match="unknown option budget_ms: expected some of depth"):
         client.predict(ROW, budget_ms=5)  # type: ignore[call-arg]
@@ -339,6 +406,20 @@ def test_a_closed_client_and_one_from_before_a_fork_do_not_wait_for_ever(monkeyp
             call()
 
 
+def test_a_client_from_before_a_fork_can_be_closed_in_both_processes() -> None:
+    """Bug found: leaving `with` in the child waited for ever for a thread that is not there."""
+    program = """
+import os
+from hbll.client import Client
+with Client("http://127.0.0.1:9"):
+    child = os.fork()
+if child:
+    raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=False)
+    assert ended.returncode == 0
+
+
 def test_a_stream_that_outlives_its_client_can_still_be_closed() -> None:
     with Server(sse(("answer", RUNG))).client() as client:
         stream = client.stream(ROW)
@@ -361,6 +442,31 @@ def test_an_interrupt_ends_the_call_and_its_request() -> None:
     try:
         with Server(interrupts).client(timeout_s=60) as client, pytest.raises(KeyboardInterrupt):
             client.predict(ROW)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert given_up == [True]
+
+
+def test_an_interrupt_ends_a_stream_and_its_request() -> None:
+    """Bug found: what was raised was not the interrupt, but that the stream could not be closed while it was read."""
+    given_up = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    class Interrupted(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield sse(("answer", RUNG)).content
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            await anyio.sleep_forever()
+
+        async def aclose(self) -> None:
+            for _ in range(100):  # as a connection takes its time to close
+                await anyio.lowlevel.checkpoint()
+            given_up.append(True)
+
+    server = Server(httpx.Response(200, stream=Interrupted()))
+    try:
+        with server.client(timeout_s=60) as client, pytest.raises(KeyboardInterrupt):
+            list(client.stream(ROW))
     finally:
         signal.signal(signal.SIGINT, before)
     assert given_up == [True]

@@ -181,7 +181,14 @@ def test_another_server_is_recognised(status: int, body: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [("2", 2.0), (None, None), ("soon", None), ("-1", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0)],
+    [
+        ("2", 2.0),
+        (None, None),
+        ("soon", None),
+        ("-1", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        (f"Wed, {'9' * 20} Oct 2015 07:28:00 GMT", None),
+    ],
 )
 def test_retry_after_is_read_in_both_forms(header: str | None, seconds: float | None) -> None:
     assert error_of(429, {"error": "full", "code": "queue_full"}, header).retry_after_s == seconds
