@@ -81,6 +81,11 @@ def test_compose_waits_for_the_drain_and_leaves_the_event_loop_a_core() -> None:
     assert int(server["environment"]["HBLL_THREADS"]) + 1 == int(server["deploy"]["resources"]["limits"]["cpus"])
 
 
+def test_prometheus_does_not_wait_for_the_server_whose_alerts_it_has() -> None:
+    """Bug found: of a server that did not become ready at start-up there was no alert, because nobody watched it yet."""
+    assert "depends_on" not in yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["prometheus"]
+
+
 def test_every_file_that_compose_mounts_is_in_the_repository() -> None:
     for service in yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"].values():
         for source in (volume.split(":")[0] for volume in service["volumes"]):

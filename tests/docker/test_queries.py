@@ -22,7 +22,7 @@ FROM_PROMETHEUS = {"job", "instance", "namespace", "pod"}
 
 def exposed() -> dict[str, set[str]]:
     """The labels of every series, by its name."""
-    series = {}
+    series = {"up": FROM_PROMETHEUS}
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
             (family,) = metric.describe()
@@ -138,6 +138,14 @@ def test_legends_name_labels_that_their_query_keeps() -> None:
                 for label in labels
             }
             assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= kept, panel["title"]
+
+
+def test_alerts_see_a_server_that_is_gone_and_the_first_event_of_a_series() -> None:
+    """Bugs found: of a server that does not answer there is no hbll_ready, and a series that begins at 1 does not increase."""
+    assert any(selector.name == "up" for rule in alerts() for selector in selectors(promql_parser.parse(rule["expr"])))
+    for rule in alerts():
+        for increased in re.findall(r"increase\((hbll_\w+{[^}]*})", rule["expr"]):
+            assert re.search(re.escape(increased) + r"\s+unless " + re.escape(increased) + " offset 15m", rule["expr"])
 
 
 def test_alerts_say_what_to_do_and_name_labels_and_codes_that_there_are() -> None:
