@@ -85,7 +85,7 @@ def product(rungs: Floats) -> Floats:
 
 
 def threshold_point(rungs: Floats, costs: Floats, labels: NDArray[np.int64], threshold: float) -> tuple[float, float]:
-    """Mean seconds and accuracy of climbing until the confidence reaches the threshold."""
+    """Mean cost (whatever `costs (rungs,)` are in) and accuracy of climbing until the confidence reaches the threshold."""
     confident = rungs.max(axis=2) >= threshold
     confident[-1] = True
     stops = confident.argmax(axis=0)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from pathlib import Path as FilePath
@@ -14,17 +15,17 @@ from pathlib import Path as FilePath
 import click
 import numpy as np
 from matplotlib import pyplot as plt
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.anytime import threshold_point
+from benchmarks.outcomes import probabilities_of
 from family.manifest import Manifest, load_manifest
 from family.tree import Path, format_path
 from service.policy.state import segment_between
 from service.profile import Segment
 from service.runtime import Runtime
 from training.checkpoint import load_run_config
-from training.dataset import Split
 from training.diagrams import plot_tree
 from training.plots import ACCENT, INK, QUIET
 from training.sources import load_data_of
@@ -46,17 +47,22 @@ def main(run: FilePath, bundle: FilePath, out: FilePath) -> None:
     runtime = Runtime(bundle, manifest, threads=1, device="cpu")
     plot_tree(manifest.tree, out / "tree.png")
 
-    segments = {Segment(path, embed=True) for path in manifest.offered} | set(climb_segments(manifest).values())
-    median_s = measure(runtime, manifest, segments)
+    steps = [segment_between(before, path) for before, path in itertools.pairwise(((), *manifest.climb))]
+    median_s = measure(runtime, manifest, {Segment(path, embed=True) for path in manifest.offered} | set(steps))
     paths = {path: (median_s[Segment(path, embed=True)], entry.test.accuracy) for path, entry in manifest.offered.items()}
-    climbs = {threshold: climb(runtime, manifest, test, threshold, median_s) for threshold in THRESHOLDS}
+    rungs = np.stack([probabilities_of(bundle, manifest, path, test) for path in manifest.climb])
+    costs_s, blocks = np.cumsum([median_s[step] for step in steps]), np.array([len(path) for path in manifest.climb], float)
+    climbs = {}
+    for threshold in THRESHOLDS:
+        seconds, accuracy = threshold_point(rungs, costs_s, test.labels.numpy(), threshold)
+        climbs[threshold] = seconds, accuracy, threshold_point(rungs, blocks, test.labels.numpy(), threshold)[0]
     draw(manifest, paths, climbs, out / "anytime.png")
 
     table = Table(title="climbing until confident: test accuracy, mean blocks, mean inference time of a row")
     for column in ("min_confidence", "accuracy", "blocks", "time"):
         table.add_column(column, justify="right")
-    for threshold, (seconds, accuracy, blocks) in climbs.items():
-        table.add_row(f"{threshold:g}", f"{100 * accuracy:.1f} %", f"{blocks:.2f}", f"{1e6 * seconds:.0f} us")
+    for threshold, (seconds, accuracy, depth) in climbs.items():
+        table.add_row(f"{threshold:g}", f"{100 * accuracy:.1f} %", f"{depth:.2f}", f"{1e6 * seconds:.0f} us")
     console = Console()
     console.print(table)
     reference_s, reference_accuracy = paths[manifest.reference]
@@ -64,16 +70,6 @@ def main(run: FilePath, bundle: FilePath, out: FilePath) -> None:
         f"reference path {format_path(manifest.reference)}: {100 * reference_accuracy:.1f} %, {1e6 * reference_s:.0f} us; "
         f"wrote {out}/tree.png and {out}/anytime.png"
     )
-
-
-def climb_segments(manifest: Manifest) -> dict[Path, Segment]:
-    """What has to run to reach each target of the climb from the one before."""
-    before: Path = ()
-    segments = {}
-    for target in manifest.climb:
-        segments[target] = segment_between(before, target)
-        before = target
-    return segments
 
 
 def measure(runtime: Runtime, manifest: Manifest, segments: set[Segment]) -> dict[Segment, float]:
@@ -87,36 +83,6 @@ def measure(runtime: Runtime, manifest: Manifest, segments: set[Segment]) -> dic
             runtime.run(segment.nodes, x if segment.embed else state, embed=segment.embed, keep_state=not segment.embed)
             taken.append(time.perf_counter() - start)
     return {segment: statistics.median(taken) for segment, taken in times.items()}
-
-
-def climb(
-    runtime: Runtime, manifest: Manifest, test: Split, threshold: float, median_s: dict[Segment, float]
-) -> tuple[float, float, float]:
-    """(mean seconds a row, accuracy, mean blocks of the answers) of climbing to `threshold` on the test set."""
-    x, labels = test.x.numpy(), test.labels.numpy()
-    active = np.arange(len(x))
-    answers = np.full(len(x), -1)
-    blocks, seconds = 0, 0.0
-    segments = climb_segments(manifest)
-    for target, segment in segments.items():
-        logits = runtime.run(target, x[active], embed=True).logits
-        assert logits is not None
-        probabilities = softmax(logits / manifest.offered[target].temperature)
-        seconds += len(active) * median_s[segment]
-        confident = probabilities.max(axis=1) >= threshold
-        if target == list(segments)[-1]:
-            confident[:] = True
-        answers[active[confident]] = probabilities[confident].argmax(axis=1)
-        blocks += len(target) * int(confident.sum())
-        active = active[~confident]
-    return seconds / len(x), float((answers == labels).mean()), blocks / len(x)
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Over the last axis."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    result: NDArray[np.float32] = shifted / shifted.sum(axis=1, keepdims=True)
-    return result
 
 
 def draw(

@@ -7,6 +7,7 @@ from pathlib import Path as FilePath
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from benchmarks.simulation import Outcomes
 from family.manifest import Manifest
@@ -50,7 +51,5 @@ def probabilities_of(bundle: FilePath, manifest: Manifest, path: Path, test: Spl
     for start in range(0, len(x), _BATCH):
         logits = runtime.run(path, x[start : start + _BATCH], embed=True).logits
         assert logits is not None
-        scaled = logits.astype(np.float64) / manifest.offered[path].temperature
-        scaled = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        parts.append(scaled / scaled.sum(axis=1, keepdims=True))
+        parts.append(softmax(logits.astype(np.float64) / manifest.offered[path].temperature, axis=1))
     return np.concatenate(parts)
