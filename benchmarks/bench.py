@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,17 +16,26 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.cells import LIVE, LONG, Cell
-from benchmarks.live import Load, Measured, Server, capacity_of, serve_all, shallowest_latency_s
+from benchmarks.live import (
+    DEFAULT_MODELS,
+    Load,
+    Measured,
+    Server,
+    capacity_of,
+    only_bundle,
+    serve_all,
+    shallowest_latency_s,
+)
 from benchmarks.outcomes import digits_of
 from benchmarks.plots import draw_burst
+from benchmarks.records import write_csv
 from benchmarks.simulate import split_names
-from family.manifest import BundleError, Manifest, load_manifest
+from family.manifest import BundleError, Manifest
 from family.tree import format_path
 from service.policy import DEFAULT_POLICY, check_policy_name
+from training.checkpoint import write_atomically
 
 console = Console()
-
-DEFAULT_MODELS = Path("runs/bench-models")
 
 
 @click.command("bench")
@@ -55,14 +64,13 @@ def main(
     Wants a quiet machine: nothing else should run beside it.
     """
     try:
-        (bundle,) = models.glob("*/*")
-        manifest = load_manifest(bundle)
+        _, manifest = only_bundle(models)
         names = split_names(policies) if policies else _default_policies(manifest)
         for name in names:
             check_policy_name(name)
         load = Load(digits_of(manifest))
     except (BundleError, ValueError) as exc:
-        raise click.ClickException(f"{models}: expected one bundle, MODEL/VERSION, and known policies: {exc}") from exc
+        raise click.ClickException(str(exc)) from exc
     shallowest = f"aimd({format_path(manifest.front[0])})"
     chosen = [LIVE[number - 1] for number in cells] or list(LIVE)
     with serve_all(models, list(dict.fromkeys((*names, shallowest)))) as servers:
@@ -81,7 +89,7 @@ def main(
     console.print(_table(measured, names))
     void = [each for each in measured if each.void]
     console.print(f"{sum(len(each.depth) for each in measured):,} requests, {len(void)} of {len(measured)} replays void")
-    statuses = sum((each.statuses for each in measured), start=type(measured[0].statuses)())
+    statuses = Counter(status for each in measured for status in each.status)
     console.print(f"outcomes: {dict(statuses)}; longest garbage-collection pauses: {pauses}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -152,19 +160,15 @@ def _gc_pause_s(server: Server) -> str:
 
 
 def _write(out: Path, measured: Sequence[Measured], about: dict[str, object]) -> None:
-    with (out / "bench.csv").open("w", newline="") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(
-            ["cell", "policy", "seed", "requests", "void", "goodput", "attainment", "depth", "p50_ms", "p95_ms", "p99_ms"]
-        )
-        for each in measured:
-            answered = each.latency_s[each.depth > 0]
-            latencies = np.percentile(1000 * answered, (50, 95, 99)) if len(answered) else (np.nan,) * 3
-            shares = (each.goodput, each.attainment, each.mean_depth, *latencies)
-            writer.writerow(
-                [each.cell, each.policy, each.seed, len(each.depth), each.void, *(f"{share:.5f}" for share in shares)]
-            )
-    (out / "bench.json").write_text(json.dumps(about, indent=2) + "\n")
+    header = ["cell", "policy", "seed", "requests", "void", "goodput", "attainment", "depth", "p50_ms", "p95_ms", "p99_ms"]
+    rows = []
+    for each in measured:
+        answered = each.latency_s[each.depth > 0]
+        latencies = np.percentile(1000 * answered, (50, 95, 99)) if len(answered) else (np.nan,) * 3
+        shares = (each.goodput, each.attainment, each.mean_depth, *latencies)
+        rows.append([each.cell, each.policy, each.seed, len(each.depth), each.void, *(f"{share:.5f}" for share in shares)])
+    write_csv(out / "bench.csv", header, rows)
+    write_atomically(out / "bench.json", (json.dumps(about, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

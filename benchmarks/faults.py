@@ -5,12 +5,14 @@ python -m benchmarks.faults [models-folder] [--out docs/bench/faults.md]
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import signal
 import socket
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +21,17 @@ import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.live import Load, Measured, Server, serve, shallowest_latency_s
+from benchmarks.live import DEFAULT_MODELS, Load, Measured, Server, only_bundle, serve, shallowest_latency_s
 from benchmarks.outcomes import digits_of
 from benchmarks.traces import poisson
-from family.manifest import load_manifest
 from family.tree import format_path
+from service.errors import ClientGone
+from service.policy import DEFAULT_POLICY
+from training.checkpoint import write_atomically
 
 _BUDGET = 30
+_HARM_S = 2.0
+_GONE = f'hbll_refusals_total{{code="{ClientGone.code}"}}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +45,15 @@ class Outcome:
 
 
 @click.command()
-@click.argument("models", type=click.Path(path_type=Path, exists=True, file_okay=False), default=Path("runs/bench-models"))
+@click.argument("models", type=click.Path(path_type=Path, exists=True, file_okay=False), default=DEFAULT_MODELS)
 @click.option("--rate", default=400.0, show_default=True, help="Requests a second.")
 @click.option("--hog-s", default=20.0, show_default=True, help="For how long a core is hogged.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A Markdown file for the report.")
 def main(models: Path, rate: float, hog_s: float, out: Path | None) -> None:
     """Do harm to a server of the folder MODELS, and report what became of the requests."""
-    (bundle,) = models.glob("*/*")
-    manifest = load_manifest(bundle)
+    _, manifest = only_bundle(models)
     load = Load(digits_of(manifest))
-    with serve(models, "ladder-edf", module="benchmarks.faulty") as server:
+    with serve(models, DEFAULT_POLICY, module="benchmarks.faulty") as server:
         budget_s = _BUDGET * shallowest_latency_s(load, server, format_path(manifest.front[0]))
         load.play(server, poisson(rate, 3, 0), budget_s)  # so that memory is what serving needs
         outcomes = [
@@ -57,35 +62,39 @@ def main(models: Path, rate: float, hog_s: float, out: Path | None) -> None:
             _half_bodies(load, server, budget_s, rate),
             _leavers(load, server, budget_s, rate),
         ]
-    with serve(models, "ladder-edf", module="benchmarks.faulty") as server:
+    with serve(models, DEFAULT_POLICY, module="benchmarks.faulty") as server:
         outcomes.append(_terminated(load, server, budget_s, rate))
     report = _report(outcomes, rate, budget_s)
     Console().print(Markdown(report))
     if out is not None:
-        out.write_text(report)
+        write_atomically(out, report.encode())
 
 
 def _while(load: Load, server: Server, budget_s: float, rate: float, seconds: float, harm: Callable[[], None]) -> Measured:
-    """A replay, and `harm` in a thread two seconds after its start."""
-    timer = threading.Timer(2, harm)
-    timer.start()
-    try:
-        return load.play(server, poisson(rate, seconds, 1), budget_s)
-    finally:
-        timer.join()
+    """A replay, and `harm` in a thread two seconds after its start; what goes wrong there is raised here."""
+
+    def later() -> None:
+        time.sleep(_HARM_S)
+        harm()
+
+    with ThreadPoolExecutor(1) as thread:
+        harmed = thread.submit(later)
+        measured = load.play(server, poisson(rate, seconds, 1), budget_s)
+        harmed.result()
+    return measured
 
 
 def _line(fault: str, server: Server, before_mb: float, measured: Measured, more: str = "") -> Outcome:
-    lost = sum(count for status, count in measured.statuses.items() if not status.isdecimal())
     seen = ", ".join(f"{count} x {status}" for status, count in measured.statuses.most_common())
     seen += f"; {100 * measured.attainment:.2f} % in time, mean depth {measured.mean_depth:.2f}{more}"
     time.sleep(1)  # lets the last connections close before memory is read
-    return Outcome(fault, seen, lost, (before_mb, server.memory_mb))
+    return Outcome(fault, seen, lost_before(measured), (before_mb, server.memory_mb))
 
 
-def _spin(until_s: float) -> None:
-    while time.monotonic() < until_s:
-        pass
+def lost_before(measured: Measured, until_s: float = math.inf) -> int:
+    """How many of the requests that were due before `until_s` got no answer of any status."""
+    due = zip(measured.status, measured.scheduled_s, strict=True)
+    return sum(not status.isdecimal() and at_s < until_s for status, at_s in due)
 
 
 def _hogged(load: Load, server: Server, budget_s: float, rate: float, hog_s: float) -> Outcome:
@@ -97,13 +106,15 @@ def _hogged(load: Load, server: Server, budget_s: float, rate: float, hog_s: flo
 
     def harm() -> None:
         sample("before")
-        hogs = [multiprocessing.Process(target=_spin, args=(time.monotonic() + hog_s,)) for _ in range(2)]
-        for hog in hogs:
-            hog.start()
-        time.sleep(hog_s / 2)
-        sample("during")
-        for hog in hogs:
-            hog.join()
+        hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+        try:
+            time.sleep(hog_s / 2)
+            sample("during")
+            time.sleep(hog_s / 2)
+        finally:
+            for hog in hogs:
+                hog.kill()
+                hog.wait()
 
     measured = _while(load, server, budget_s, rate, hog_s + 6, harm)
     load.play(server, poisson(rate, 3, 2), budget_s)
@@ -138,7 +149,7 @@ def _half_bodies(load: Load, server: Server, budget_s: float, rate: float) -> Ou
 
 
 def _leavers(load: Load, server: Server, budget_s: float, rate: float) -> Outcome:
-    before_mb, before_blocks = server.memory_mb, server.metric("hbll_refusals_total")
+    before_mb, before = server.memory_mb, server.metric(_GONE)
     body = np.zeros((28, 28), np.float32).tobytes()
 
     def harm() -> None:
@@ -149,7 +160,7 @@ def _leavers(load: Load, server: Server, budget_s: float, rate: float) -> Outcom
             each.close()
 
     measured = _while(load, server, budget_s, rate, 6, harm)
-    gone = server.metric("hbll_refusals_total") - before_blocks
+    gone = server.metric(_GONE) - before
     return _line("500 clients ask and disconnect at once", server, before_mb, measured, f"; {gone:g} of them left in time")
 
 
@@ -159,7 +170,7 @@ def _terminated(load: Load, server: Server, budget_s: float, rate: float) -> Out
     status = server.process.wait(timeout=30)
     at_s = measured.scheduled_s[measured.depth > 0].max()
     errors = {status: count for status, count in measured.statuses.items() if status != "200"}
-    lost = int((measured.depth[measured.scheduled_s < 1.9] == 0).sum())
+    lost = lost_before(measured, at_s)  # of when the signal came the replay's clock knows nothing
     return Outcome(
         "SIGTERM under load",
         f"exit status {status}; the last answer went to a request of {at_s:.2f} s; later ones: {errors}",

@@ -12,9 +12,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.load import Outcome, Request, lateness, run_replay
+from benchmarks.memory import pss_mb
 from benchmarks.priority import first_in_line
 from benchmarks.shares import Shares
 from benchmarks.traces import Arrivals, poisson
+from family.manifest import BundleError, Manifest, load_manifest
 from training.dataset import Split
 
+DEFAULT_MODELS = Path("runs/bench-models")
+
 _START_S = 120
+_LOG_BYTES = 4000
 _CONTENT_TYPE = ((b"content-type", b"application/octet-stream"),)
 
 
@@ -49,11 +54,10 @@ class Server:
     @property
     def memory_mb(self) -> float:
         """Proportional set size of the process (Linux)."""
-        lines = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1000
+        return pss_mb(self.process.pid)
 
     def metric(self, name: str) -> float:
-        """The sum of a Prometheus metric over its labels."""
+        """The sum of a Prometheus metric over its labels, or one series, `name{label="value"}`."""
         text = httpx.get(f"http://{self.host}:{self.port}/metrics", timeout=10).text
         lines = [line for line in text.splitlines() if line.startswith((name + "{", name + " "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
@@ -75,20 +79,35 @@ def free_port() -> int:
     raise RuntimeError("of a hundred ports on 127.0.0.1 none is free")
 
 
+def only_bundle(models: Path) -> tuple[Path, Manifest]:
+    """The one bundle in a folder of models.
+
+    Raises:
+        BundleError: there is none or another one, or it is damaged.
+    """
+    bundles = [folder for folder in models.glob("*/*") if folder.is_dir()]
+    if len(bundles) != 1:
+        raise BundleError(f"{models}: expected one bundle, MODEL/VERSION, got {len(bundles)}")
+    return bundles[0], load_manifest(bundles[0])
+
+
 @contextmanager
-def serve(models: Path, policy: str, module: str = "hbll", **settings: str) -> Iterator[Server]:
-    """Start a server and wait until it is ready; end it with SIGTERM, if it has not ended."""
-    port = free_port()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HBLL_")}
-    environment |= {"HBLL_POLICY": policy, "HBLL_THREADS": "1", "HBLL_MAX_QUEUE_ROWS": "4096", **settings}
-    environment |= {"HBLL_MAX_CONNECTIONS": "100000"}  # an overload is to wait in the queue
-    command = [sys.executable, "-m", module, "serve", str(models), "--port", str(port)]
+def started(command: Sequence[str], environment: Mapping[str, str], url: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of a server, once it answers at `url` with 200; ended with SIGTERM, if it has not ended.
+
+    Raises:
+        RuntimeError: it ended before, or took longer than two minutes; with the end of what it wrote.
+    """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
-            _wait_until_ready(process, port)
-            (model,) = (each["name"] for each in httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["models"])
-            yield Server(policy, "127.0.0.1", port, model, process)
+            if not _answers(process, url):
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+                raise RuntimeError(
+                    f"the server did not become ready within {_START_S} s, or ended: status {process.poll()}\n"
+                    + log.read().decode(errors="replace")
+                )
+            yield process
         finally:
             process.terminate()
             try:
@@ -99,28 +118,39 @@ def serve(models: Path, policy: str, module: str = "hbll", **settings: str) -> I
 
 
 @contextmanager
+def serve(models: Path, policy: str, module: str = "hbll", **settings: str) -> Iterator[Server]:
+    """A server of one model, while it is needed."""
+    port = free_port()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HBLL_")}
+    environment |= {"HBLL_POLICY": policy, "HBLL_THREADS": "1", "HBLL_MAX_QUEUE_ROWS": "4096", **settings}
+    environment |= {"HBLL_MAX_CONNECTIONS": "100000"}  # an overload is to wait in the queue
+    command = [sys.executable, "-m", module, "serve", str(models), "--port", str(port)]
+    with started(command, environment, f"http://127.0.0.1:{port}/health/ready") as process:
+        (model,) = (each["name"] for each in httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["models"])
+        yield Server(policy, "127.0.0.1", port, model, process)
+
+
+@contextmanager
 def serve_all(models: Path, policies: Sequence[str], **settings: str) -> Iterator[dict[str, Server]]:
     """A server per policy, all at once: those that are not asked cost no processor time."""
     with ExitStack() as stack:
         yield {policy: stack.enter_context(serve(models, policy, **settings)) for policy in policies}
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
+def _answers(process: subprocess.Popen[bytes], url: str) -> bool:
     deadline_s = time.monotonic() + _START_S
     while time.monotonic() < deadline_s and process.poll() is None:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+        with suppress(httpx.TransportError):
+            if httpx.get(url).status_code == 200:
+                return True
         time.sleep(0.1)  # another process, which has no other way to tell us
-    raise RuntimeError(f"the server did not become ready within {_START_S} s, or ended: status {process.poll()}")
+    return False
 
 
 @dataclass(slots=True, kw_only=True)
 class Measured(Shares):
     """What became of the requests of one replay. `late_share` of them the client itself sent too late; `total_s (n,)` is
-    what the server says that each took."""
+    what the server says that each took; `status (n,)` that of the answer, or why there is none."""
 
     policy: str
     cell: str
@@ -128,8 +158,12 @@ class Measured(Shares):
     late_share: float
     scheduled_s: NDArray[np.float64]
     total_s: NDArray[np.float64]
-    statuses: Counter[str] = field(default_factory=Counter)
-    stopped_by: Counter[str] = field(default_factory=Counter)
+    status: list[str]
+
+    @property
+    def statuses(self) -> Counter[str]:
+        """How many requests ended how."""
+        return Counter(self.status)
 
     @property
     def void(self) -> bool:
@@ -186,16 +220,15 @@ class Load:
             late_share=lateness(outcomes),
             scheduled_s=np.array([outcome.scheduled_s for outcome in outcomes]),
             total_s=np.zeros(count),
+            status=[outcome.error or str(outcome.status) for outcome in outcomes],
         )
         for place, (outcome, image) in enumerate(zip(outcomes, images, strict=True)):
-            measured.statuses[outcome.error or str(outcome.status)] += 1
             if outcome.ok and outcome.body is not None:
                 content = json.loads(outcome.body)
                 measured.total_s[place] = content["total_ms"] / 1000
                 (answer,) = content["predictions"]
                 measured.depth[place] = answer["depth"]
                 measured.right[place] = answer["label"] == self._labels[image]
-                measured.stopped_by[answer["stopped_by"]] += 1
         return measured
 
 
@@ -211,8 +244,13 @@ def shallowest_latency_s(load: Load, server: Server, path: str, requests: int = 
 
 def capacity_of(load: Load, server: Server, budget_s: float, highest: float = 8000.0, seconds: float = 4.0) -> float:
     """The highest Poisson rate at which `server` answers 99 % within `budget_s`, to 3 %: by bisection. A rate is too high
-    if it failed twice: whatever else runs on the machine for a moment can only make it seem so."""
-    low, high = highest / 64, highest
+    if it failed twice: whatever else runs on the machine for a moment can only make it seem so.
+
+    Raises:
+        RuntimeError: all rates were too high, down to a 64th of `highest`.
+    """
+    lowest = highest / 64
+    low, high = lowest, highest
     seeds = itertools.count(1001)
 
     def answers(rate: float) -> bool:
@@ -226,4 +264,6 @@ def capacity_of(load: Load, server: Server, budget_s: float, highest: float = 80
             low = rate
         else:
             high = rate
+    if low == lowest and not answers(lowest):
+        raise RuntimeError(f"{server.policy} does not answer {lowest:g} requests/s within {1000 * budget_s:g} ms here")
     return low

@@ -160,7 +160,8 @@ def allow_many_connections() -> None:
 def lateness(outcomes: Sequence[Outcome], late_s: float = _LATE_S) -> float:
     """The share of requests that the client sent more than `late_s` after their time. Above 1 %, by the default, the
     measurement says something about the client, and is void."""
-    _require_some(outcomes)
+    if not outcomes:
+        raise ValueError("outcomes: expected at least one")
     return sum(outcome.sent_s - outcome.scheduled_s > late_s for outcome in outcomes) / len(outcomes)
 
 
@@ -360,8 +361,3 @@ def _no_collections() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _require_some(outcomes: Sequence[Outcome]) -> None:
-    if not outcomes:
-        raise ValueError("outcomes: expected at least one")

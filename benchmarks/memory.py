@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 import httpx
@@ -43,7 +43,7 @@ FAMILIES = {
 def main(folder: Path, requests: int, one: str | None, warm: bool) -> None:
     """Measure the memory of bundles with random weights."""
     if one:
-        print(*asyncio.run(measure(folder, one, requests, warm)))  # noqa: T201  read by the process that started this one
+        print(asyncio.run(measure(folder, one, requests, warm)))  # noqa: T201  read by the process that started this one
         return
     table = Table(title=f"PSS growth over {requests} requests on all 25 paths, MB")
     for column in ("family", "weights", "cold process", "ratio", "serving already", "ratio"):
@@ -55,7 +55,7 @@ def main(folder: Path, requests: int, one: str | None, warm: bool) -> None:
         cells = [name, f"{weights:.1f}"]
         for flags in ([], ["--warm"]):
             command = [sys.executable, "-m", "benchmarks.memory", "--folder", str(folder), "--requests", str(requests)]
-            found = subprocess.run([*command, "--one", name, *flags], capture_output=True, text=True, check=True)
+            found = subprocess.run([*command, "--one", name, *flags], stdout=subprocess.PIPE, text=True, check=True)
             grown = float(found.stdout.split()[-1])
             cells += [f"{grown:.1f}", f"{grown / weights:.2f}"]
         table.add_row(*cells)
@@ -78,7 +78,7 @@ def make_bundle(folder: Path, name: str) -> None:
     export_bundle(config, build_family(config.model, 0), Progress(), Origin.here(), load_digits(4), target)
 
 
-async def measure(folder: Path, name: str, requests: int, warm: bool) -> tuple[float]:
+async def measure(folder: Path, name: str, requests: int, warm: bool) -> float:
     """PSS growth in MB of loading and serving one family."""
     idle = create_app(Settings(models=folder), Repository({}))  # the framework, without a model
     async with httpx.AsyncClient(transport=httpx.ASGITransport(idle), base_url="http://memory") as client:
@@ -89,7 +89,7 @@ async def measure(folder: Path, name: str, requests: int, warm: bool) -> tuple[f
     kept = await serve(folder / name, name, requests)
     grown = pss_mb() - before
     del kept
-    return (grown,)
+    return grown
 
 
 async def serve(models: Path, name: str, requests: int) -> object:
@@ -113,9 +113,9 @@ async def serve(models: Path, name: str, requests: int) -> object:
     return app
 
 
-def pss_mb() -> float:
-    """Proportional set size of this process, in units of 10**6 bytes, as the weights are counted."""
-    for line in Path(f"/proc/{os.getpid()}/smaps_rollup").read_text().splitlines():
+def pss_mb(pid: int | Literal["self"] = "self") -> float:
+    """Proportional set size of a process, in units of 10**6 bytes, as the weights are counted."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024 / 1e6
     raise RuntimeError("no Pss in smaps_rollup: this needs Linux 4.14 or newer")

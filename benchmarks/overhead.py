@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,16 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import httpx
 import numpy as np
 import tritonclient.http as triton
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.live import Server, free_port, serve
-from family.manifest import load_manifest
+from benchmarks.live import Server, free_port, only_bundle, serve, started
 from family.tree import format_path
+from service.policy import DEFAULT_POLICY
 
 
 @click.command()
@@ -39,11 +37,10 @@ from family.tree import format_path
 @click.option("--rounds", default=7, show_default=True, help="How often each is measured.")
 def main(models: Path, seconds: float, rounds: int) -> None:
     """Compare the server of the one model in the folder MODELS with a bare route, and its protocols with each other."""
-    (bundle,) = models.glob("*/*")
-    manifest = load_manifest(bundle)
+    bundle, manifest = only_bundle(models)
     x = np.random.default_rng(0).random((1, *manifest.input.shape[1:]), dtype=np.float32)
     path = format_path(manifest.front[0])
-    with serve(models, "ladder-edf") as ours, _serve_bare(bundle) as bare:
+    with serve(models, DEFAULT_POLICY) as ours, _serve_bare(bundle) as bare:
         engine = Asked("engine", ours, _raw(f"/v1/models/{ours.model}/predict?path={path}", x))
         oip = [_oip(ours, manifest.input.name, x, path, outputs) for outputs in ((), ("label",))]
         table = Table(title="processor time per request, ms (median over the rounds), and round trips a second")
@@ -53,7 +50,7 @@ def main(models: Path, seconds: float, rounds: int) -> None:
             pairs = [(engine, Asked("bare route", bare, _raw("/predict", x))), *((each, engine) for each in oip)]
             for asked, base in pairs:
                 _compare(table, asked, base, clients, seconds, rounds)
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 @dataclass(frozen=True)
@@ -127,21 +124,9 @@ async def _closed_loop(asked: Asked, clients: int, seconds: float) -> int:
 def _serve_bare(bundle: Path) -> Iterator[Server]:
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "--factory", "benchmarks.bare:create_app", "--no-access-log"]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--log-level", "warning"], env=os.environ | {"BUNDLE": str(bundle)}
-    )
-    try:
-        deadline_s = time.monotonic() + 60
-        while time.monotonic() < deadline_s:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/docs")
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)  # another process, which has no other way to tell us
+    command += ["--port", str(port), "--log-level", "warning"]
+    with started(command, os.environ | {"BUNDLE": str(bundle)}, f"http://127.0.0.1:{port}/docs") as process:
         yield Server("bare", "127.0.0.1", port, "", process)
-    finally:
-        process.terminate()
-        process.wait()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from service.policy import DEFAULT_POLICY
+
 if TYPE_CHECKING:
     from benchmarks.live import Measured
     from benchmarks.simulate import Played
@@ -36,7 +38,7 @@ def draw_loads(file: Path, played: Sequence[Played]) -> None:
                     100 * np.mean([getattr(p, what) for p in here if p.job.policy == policy and p.job.cell.load == load])
                     for load in loads
                 ]
-                ours = policy == "ladder-edf"
+                ours = policy == DEFAULT_POLICY
                 panel.plot(
                     loads, values, marker="o" if ours else ".", lw=2.4 if ours else 1, label=policy, zorder=3 if ours else 2
                 )

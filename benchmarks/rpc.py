@@ -24,18 +24,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.alarm import Alarm
-from benchmarks.live import free_port, serve
+from benchmarks.live import DEFAULT_MODELS, free_port, only_bundle, serve
 from benchmarks.outcomes import digits_of
 from benchmarks.priority import first_in_line
 from benchmarks.traces import Arrivals, poisson
-from family.manifest import Manifest, load_manifest
+from family.manifest import Manifest
 from service.oip.rpc.names import INFERENCE
 from service.oip.rpc.stubs import open_inference_pb2 as pb
+from service.policy import DEFAULT_POLICY
 from training.dataset import Split
 
 _Ask: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"  # generic for mypy alone
 
 _CHANNELS = 8
+_TIMEOUT_S = 30.0
 _OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)  # else all channels share one
 
 
@@ -51,16 +53,15 @@ class Answered:
 
 
 @click.command()
-@click.argument("models", type=click.Path(path_type=Path, exists=True, file_okay=False), default=Path("runs/bench-models"))
+@click.argument("models", type=click.Path(path_type=Path, exists=True, file_okay=False), default=DEFAULT_MODELS)
 @click.option("--rates", default="500,1000,1500,2000,2500", show_default=True, help="Calls a second, one after the other.")
 @click.option("--budget-ms", default=30.0, show_default=True, help="Of every call.")
 @click.option("--seconds", default=4.0, show_default=True, help="Of each rate, and of each round.")
 @click.option("--rounds", default=3, show_default=True, help="How often each rate is tried.")
-@click.option("--policy", default="ladder-edf", show_default=True)
+@click.option("--policy", default=DEFAULT_POLICY, show_default=True)
 def main(models: Path, rates: str, budget_ms: float, seconds: float, rounds: int, policy: str) -> None:
     """Load a server of the one model in the folder MODELS, and report who had an answer in time."""
-    (bundle,) = models.glob("*/*")
-    manifest = load_manifest(bundle)
+    _, manifest = only_bundle(models)
     test, port = digits_of(manifest), free_port()
     table = Table(title=f"{policy} over gRPC, budgets of {budget_ms:g} ms: % of all calls, over the rounds")
     for column in ("calls/s", "in time", "of a round", "right", "blocks", "median ms", "99 % ms", "client late", "codes"):
@@ -110,7 +111,7 @@ async def _send(ask: _Ask, call: tuple[bytes, bytes], due_s: float) -> Answered:
     message, label = call
     late_s = time.monotonic() - due_s
     try:
-        answer = await ask(message)
+        answer = await ask(message, timeout=_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         code = dict(error.trailing_metadata() or ()).get("code", error.code().name)  # the library's own errors have none
         return Answered(str(code), time.monotonic() - due_s, late_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import time
@@ -23,6 +22,7 @@ from benchmarks.cells import LIVE, LONG, MATRIX, Cell
 from benchmarks.machine import Machine, kept_machine, measure_machine
 from benchmarks.outcomes import digits_of, record
 from benchmarks.plots import draw_loads
+from benchmarks.records import write_csv
 from benchmarks.simulation import Hardware, Outcomes, Report, simulate
 from benchmarks.validation import compare_with
 from family.manifest import BundleError, check_files, load_manifest
@@ -253,7 +253,7 @@ def main(
     console.print(f"{total:,} requests in {took_s:.1f} s: {total / took_s:,.0f} a second, none lost")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        _write_csv(out / "simulation.csv", played)
+        _write(out / "simulation.csv", played)
         if not live_cells:
             draw_loads(out / "simulation.png", played)
         console.print(f"wrote {out}")
@@ -314,18 +314,13 @@ def _mean(played: Sequence[Played], cell: Cell, policy: str, what: str) -> float
     return float(np.mean([getattr(p, what) for p in played if p.job.cell == cell and p.job.policy == policy]))
 
 
-def _write_csv(file: Path, played: Sequence[Played]) -> None:
-    with file.open("w", newline="") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(
-            ["cell", "policy", "seed", "servers", "requests", "goodput", "attainment", "accuracy", "depth", "bound"]
-        )
-        for each in played:
-            job = each.job
-            shares = (each.goodput, each.attainment, each.accuracy, each.depth, each.bound)
-            writer.writerow(
-                [job.cell.name, job.policy, job.seed, job.servers, each.requests, *(f"{x:.5f}" for x in shares)]
-            )
+def _write(file: Path, played: Sequence[Played]) -> None:
+    header = ["cell", "policy", "seed", "servers", "requests", "goodput", "attainment", "accuracy", "depth", "bound"]
+    rows = []
+    for each in played:
+        job, shares = each.job, (each.goodput, each.attainment, each.accuracy, each.depth, each.bound)
+        rows.append([job.cell.name, job.policy, job.seed, job.servers, each.requests, *(f"{x:.5f}" for x in shares)])
+    write_csv(file, header, rows)
 
 
 if __name__ == "__main__":

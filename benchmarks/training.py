@@ -7,8 +7,6 @@ else the machine does meets all alike; medians are reported, and ratios of media
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 import textwrap
 import time
@@ -23,6 +21,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
+from benchmarks.records import write_csv
 from benchmarks.span import counted
 from training.blocks import StackedBlocks, Weights
 from training.checkpoint import write_atomically
@@ -241,14 +240,6 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _csv(rows: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(asdict(rows[0])), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(map(asdict, rows))
-    return text.getvalue()
-
-
 def _depths(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
     try:
         depths = tuple(dict.fromkeys(int(part) for part in text.split(",")))
@@ -293,6 +284,6 @@ def main(
     place = device if device == "cuda" else "one thread's CPU time" if threads == 1 else f"{threads} CPU threads"
     where = f"{machine}, {place}"
     write_atomically(out / "training.md", markdown(rows, rounds, where).encode())
-    write_atomically(out / "training.csv", _csv(rows).encode())
+    write_csv(out / "training.csv", list(asdict(rows[0])), (asdict(row).values() for row in rows))
     plot(rows, f"A training step on {where}", out / "training.png")
     click.echo(f"wrote training.md, training.csv and training.png in {out}")
