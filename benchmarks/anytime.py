@@ -57,11 +57,12 @@ def main(bundle: FilePath, out: FilePath | None) -> None:
     costs = np.cumsum([profile.typical_s(segment_between(before, path), 1) for before, path in steps])
     curve = [threshold_point(rungs, costs, labels, threshold) for threshold in np.linspace(0, 1, 101)]
     seconds, accuracies = (np.array(each) for each in zip(*curve, strict=True))
-    span_s = costs[-1] - costs[0]
-    area = float(np.trapezoid(accuracies, seconds) + accuracies[-1] * (costs[-1] - seconds[-1])) / span_s
-    console.print(
-        f"mean accuracy over the time from {1000 * costs[0]:.2f} to {1000 * costs[-1]:.2f} ms: {100 * area:.2f} %"
-    )
+    if len(costs) > 1:  # else there is no time between the first answer and the last
+        area = np.trapezoid(accuracies, seconds) + accuracies[-1] * (costs[-1] - seconds[-1])
+        console.print(
+            f"mean accuracy over the time from {1000 * costs[0]:.2f} to {1000 * costs[-1]:.2f} ms: "
+            f"{100 * area / (costs[-1] - costs[0]):.2f} %"
+        )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         draw_anytime(out / "anytime.png", points, {"climb until confident": [(1000 * s, a) for s, a in curve]})

@@ -77,11 +77,17 @@ class World:
 
     def capacity(self) -> float:
         """C of one server: the highest Poisson rate at which the shallowest path with AIMD batching answers 99 % within
-        the longer deadline, to 2 %."""
+        the longer deadline, to 2 %.
+
+        Raises:
+            ValueError: it does not at the lowest rate that is tried, where a server is busy an eighth of its time.
+        """
         policy, budget_s = f"aimd({format_path(self.offer.front[0])})", LONG * self.shallowest_s
         low = high = 1 / self.shallowest_s / 8
         while self.play(traces.poisson(high, 20_000 / high, 7), budget_s, policy, servers=1, seed=7).attainment >= 0.99:
             low, high = high, 2 * high
+        if low == high:
+            raise ValueError(f"{policy} does not answer 99 % of {low:.0f} requests/s within {1000 * budget_s:.1f} ms")
         while high / low > 1.02:
             rate = (low * high) ** 0.5
             report = self.play(traces.poisson(rate, 20_000 / rate, 7), budget_s, policy, servers=1, seed=7)
@@ -235,9 +241,9 @@ def main(
         names = split_names(policies) if policies else default_policies(world.offer)
         for name in names:
             world.fresh(name)
+        capacity = world.capacity()
     except (BundleError, OSError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
-    capacity = world.capacity()
     console.print(
         f"shallowest latency L = {1000 * world.shallowest_s:.2f} ms, capacity C = {capacity:.0f} requests/s a server"
     )
@@ -282,8 +288,15 @@ def _validate(world: World, against: Path) -> None:
 
 
 def split_names(text: str) -> list[str]:
-    """The names in a comma-separated list."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """The names in a comma-separated list, each once.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ValueError(f"expected names with commas between them, got {text!r}")
+    return names
 
 
 def default_policies(offer: Offer) -> list[str]:

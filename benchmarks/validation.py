@@ -40,7 +40,7 @@ def compare_with(play: Play, folder: Path) -> Iterator[Compared]:
 
     Raises:
         OSError: its files cannot be read.
-        ValueError: they are not what `hbll bench --out` writes.
+        ValueError: they are not what `hbll bench --out` writes, or all of its replays are void.
     """
     try:
         about = json.loads((folder / "bench.json").read_text())
@@ -51,6 +51,8 @@ def compare_with(play: Play, folder: Path) -> Iterator[Compared]:
         replays = [(_CELLS[row["cell"]], row["policy"], int(row["seed"]), float(row["attainment"])) for row in rows]
     except (KeyError, TypeError, json.JSONDecodeError) as exc:
         raise ValueError(f"{folder}: expected bench.csv and bench.json as `hbll bench --out` writes them: {exc!r}") from exc
+    if not replays:
+        raise ValueError(f"{folder}: expected a replay that is not void, got none")
     for cell, policy, seed, measured in replays:
         arrivals = cell.arrivals(capacity, requests, seed)
         report = play(arrivals, cell.deadline * latency_s, policy, servers=1, seed=seed)

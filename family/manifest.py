@@ -191,6 +191,8 @@ class Manifest(_Model):
             raise ValueError(f"{len(self.features)} features for an input of shape {list(self.input.shape)}")
         if (self.input.datatype == "INT64") != (self.vocabulary is not None):
             raise ValueError(f"expected a vocabulary for tokens, INT64, and for nothing else; input {self.input.datatype}")
+        if len(set(self.labels)) != len(self.labels):  # probabilities go by label
+            raise ValueError(f"expected labels each another, got {len(self.labels)} with {len(set(self.labels))} different")
         if self.output.shape[-1] != len(self.labels):
             raise ValueError(f"{len(self.labels)} labels for an output of shape {list(self.output.shape)}")
         return self

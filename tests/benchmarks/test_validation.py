@@ -46,3 +46,10 @@ def test_files_of_something_else_are_refused(tmp_path: Path, line: str, about: d
     folder = write(tmp_path, line, about=about)
     with pytest.raises(ValueError, match="as `hbll bench --out` writes them"):
         list(compare_with(lambda *_, **__: pytest.fail("played"), folder))
+
+
+def test_a_bench_whose_replays_are_all_void_is_refused(tmp_path: Path) -> None:
+    """Bug found: the table was empty, and the mean difference no number."""
+    folder = write(tmp_path, "slackfit,3,290,True,0.8,0.5,3,5,9,11")
+    with pytest.raises(ValueError, match="expected a replay that is not void"):
+        list(compare_with(lambda *_, **__: pytest.fail("played"), folder))

@@ -141,6 +141,14 @@ def test_a_vocabulary_goes_with_tokens(bundle: Path, datatype: str, vocabulary: 
         load_manifest(bundle)
 
 
+def test_labels_are_each_another(bundle: Path) -> None:
+    """Bug found: probabilities of two classes of one name were told as one's."""
+    labels = load_manifest(bundle).labels
+    _edit(bundle, labels=[labels[0]] * len(labels))
+    with pytest.raises(BundleError, match=f"expected labels each another, got {len(labels)} with 1 different"):
+        load_manifest(bundle)
+
+
 def test_paths_must_be_of_the_tree(bundle: Path) -> None:
     content = json.loads((bundle / MANIFEST_FILE).read_text())
     content["paths"][0]["path"] = "1-3"
