@@ -284,7 +284,7 @@ class BoundedConnection(HttpToolsProtocol):
         """uvicorn's: the next request of the connection may begin."""
         self._free_s = now_s = time.monotonic()
         if self._begun is not None:
-            state = self._begun.scope["state"]  # see `service.access.note_answer`
+            state = self._begun.scope["state"]  # see `service.access.HttpArrival`
             if (budget_ms := state.get("budget_ms")) is not None:
                 deeper_s = state["answer"].decided_s - state["answer"].answered_s
                 self.gate.pace.answered(budget_ms / 1000, now_s - self._begun_s - deeper_s, now_s)
