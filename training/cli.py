@@ -12,11 +12,11 @@ import torch
 
 from training.assessment_report import MIN_CONFIDENCE, report
 from training.checkpoint import CONFIG_FILE, CheckpointError, Weights, load_family, load_run_config
-from training.config import ConfigError, RunConfig, change_config, dump_config, load_config, parse_override
-from training.custom import import_factory
+from training.config import ConfigError, MethodName, RunConfig, change_config, dump_config, load_config, parse_override
+from training.custom import import_factory, import_method
 from training.dataset import DataError, Dataset
 from training.distributed import TeamError, join
-from training.methods import METHODS, steps_of
+from training.methods import METHODS, method_of, steps_of
 from training.model import Factory, Family, build_family
 from training.plots import plot_history
 from training.progress import Interrupted, console, download_with_bar, train_with_bar
@@ -36,6 +36,26 @@ def _overrides(_context: click.Context, _option: click.Parameter, values: tuple[
         return dict(map(parse_override, values))
     except ConfigError as exc:
         raise click.BadParameter(str(exc)) from exc
+
+
+def find_method(name: str) -> MethodName:
+    """`name`, known as a method: the user's own is imported.
+
+    Raises:
+        BadParameter: there is none of this name.
+    """
+    try:
+        if ":" in name:
+            import_method(name)
+    except ConfigError as exc:
+        raise click.BadParameter(str(exc)) from exc
+    if name not in METHODS:
+        raise click.BadParameter(f"there is no method {name}; there are {', '.join(METHODS)}, and MODULE:NAME of yours")
+    return name
+
+
+def _method(_context: click.Context, _option: click.Parameter, name: str | None) -> MethodName | None:
+    return None if name is None else find_method(name)
 
 
 config_option = click.option(
@@ -70,6 +90,15 @@ factory_option = click.option(
 )
 
 
+method_option = click.option(
+    "--method",
+    callback=_method,
+    expose_value=False,
+    metavar="MODULE:NAME",
+    help="Runs this code of yours, for a run of a method of your own.",
+)
+
+
 weights_option = click.option(
     "--weights",
     type=click.Choice(["final", "best"]),
@@ -80,7 +109,9 @@ weights_option = click.option(
 @click.command(epilog=METHODS_HELP)
 @config_option
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/digits"), show_default=True)
-@click.option("--method", type=click.Choice(list(METHODS)), help="Overrides train.method.")
+@click.option(
+    "--method", callback=_method, metavar="NAME", help="Overrides train.method; MODULE:NAME runs a method of yours."
+)
 @click.option("--blocks", type=int, help="With bp or cffm: blocks of the one network that is trained.")
 @click.option("--hbll-share", type=float, help="With hbll+chains: share of the budget that HBLL steps take, 0..1.")
 @click.option("--seed", type=int, help="Overrides train.seed.")
@@ -181,6 +212,7 @@ def train(
 )
 @weights_option
 @factory_option
+@method_option
 def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weights | None, factory: Factory | None) -> None:
     """Measure every path of the trained family in RUN on its validation and test data.
 
@@ -190,6 +222,7 @@ def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weight
     """
     try:
         config, family, _ = load_family(run, factory, weights)
+        method_of(config.train)  # it says which paths are trained
         data = load_data_of(run, config.data)
     except (CheckpointError, ConfigError, DataError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
@@ -207,7 +240,7 @@ def stop(exc: Interrupted) -> NoReturn:
 def _describe(run: RunConfig, family: Family, data: Dataset) -> None:
     """Print what `hbll train` would do: the configuration as TOML, the data, the model's size, the work."""
     rows = len(data.train)
-    tree, method = family.tree, METHODS[run.train.method]
+    tree, method = family.tree, method_of(run.train)
     embed, blocks, head = (sum(p.numel() for p in part.parameters()) for part in (family.embed, family.blocks, family.head))
     heads = "the head" if family.shares_head else "the heads"
     steps = steps_of(run, tree, rows)

@@ -28,7 +28,7 @@ from training.assessment import METRICS_FILE, PathMetrics, assess, read_metrics,
 from training.checkpoint import CONFIG_FILE, CheckpointError, load_run_config
 from training.config import ConfigError, MethodName, RunConfig, describe_changes, parse_config
 from training.dataset import Dataset
-from training.methods import METHODS, steps_of, trained_paths
+from training.methods import method_of, steps_of, trained_paths
 from training.report import Matched, Record
 from training.trainer import LOG_FILE, History, Report, train
 
@@ -48,7 +48,7 @@ class Job:
         """Of the run's folder: `chains-work-seed0`, `bp3-steps-seed1`, `chains-lr0.001-seed100` of a tuning run."""
         settings = self.config.train
         kind = f"lr{settings.lr:g}" if self.matched == "tuning" else self.matched
-        return f"{settings.method}{settings.blocks or ''}-{kind}-seed{settings.seed}"
+        return f"{settings.method.replace(':', '.')}{settings.blocks or ''}-{kind}-seed{settings.seed}"
 
     @property
     def trained(self) -> tuple[MethodName, int | None]:
@@ -209,7 +209,7 @@ class _Changes:
 
 def _evaluations(config: RunConfig) -> float:
     """Of one image in one epoch."""
-    return METHODS[config.train.method].evaluations(config.train, Tree(config.model.hierarchy_depth))
+    return method_of(config.train).evaluations(config.train, Tree(config.model.hierarchy_depth))
 
 
 def _records(job: Job, metrics: Mapping[Path, PathMetrics]) -> list[Record]:

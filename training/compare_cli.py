@@ -13,11 +13,10 @@ from rich.progress import Progress
 from family import tree as algebra
 from training import compare as comparison
 from training.checkpoint import CheckpointError
-from training.cli import METHODS_HELP, budget_option, config_option, set_option, stop, threads_option
+from training.cli import METHODS_HELP, budget_option, config_option, find_method, set_option, stop, threads_option
 from training.compare import Job
-from training.config import ConfigError, MethodName, load_config
+from training.config import BUILT_IN, ConfigError, MethodName, load_config
 from training.dataset import Dataset
-from training.methods import METHODS
 from training.progress import Interrupted, console, progress_columns
 from training.report import Record, write_report
 from training.sources import load_data
@@ -27,11 +26,7 @@ _SEEDS = re.compile(r"\s*(?P<first>\d+)\s*(-\s*(?P<last>\d+)\s*)?")
 
 
 def _method_names(_context: click.Context, _option: click.Parameter, text: str) -> tuple[MethodName, ...]:
-    known: dict[str, MethodName] = {name: name for name in METHODS}
-    names = dict.fromkeys(part.strip() for part in text.split(","))
-    if unknown := names.keys() - known.keys():
-        raise click.BadParameter(f"there is no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
-    return tuple(known[name] for name in names)
+    return tuple(dict.fromkeys(find_method(part.strip()) for part in text.split(",")))
 
 
 def _seeds(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
@@ -59,7 +54,10 @@ def _rates(_context: click.Context, _option: click.Parameter, text: str) -> tupl
 @config_option
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/compare"), show_default=True)
 @click.option(
-    "--methods", default=",".join(METHODS), callback=_method_names, help="With commas between them.  [default: all]"
+    "--methods",
+    default=",".join(BUILT_IN),
+    callback=_method_names,
+    help="With commas between them; MODULE:NAME runs one of yours.  [default: all of ours]",
 )
 @click.option(
     "--seeds", default="0-2", show_default=True, callback=_seeds, help="Numbers and ranges, with commas between them."

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 from training.compare import Job, is_finished, run
+from training.config import BUILT_IN, MethodName
+from training.custom import import_method
 from training.dataset import Dataset
 from training.report import Record
 from training.sources import load_data
@@ -72,11 +74,12 @@ def run_all(jobs: Sequence[Job], out: Path, data: Dataset, tell: Tell, *, at_onc
 
 def _run_in_processes(waiting: deque[Job], out: Path, tell: Tell, at_once: int, threads: int) -> None:
     """Each process takes one run after another; one that dies in a run takes no other run with it."""
+    own = sorted({job.config.train.method for job in waiting} - set(BUILT_IN))
     started: list[SpawnProcess] = []
     working: dict[Connection, tuple[SpawnProcess, Job]] = {}
 
     def start() -> tuple[SpawnProcess, Connection]:
-        process, pipe = _start(out, threads)
+        process, pipe = _start(out, threads, own)
         started.append(process)
         return process, pipe
 
@@ -111,10 +114,10 @@ def _run_in_processes(waiting: deque[Job], out: Path, tell: Tell, at_once: int, 
             process.join()
 
 
-def _start(out: Path, threads: int) -> tuple[SpawnProcess, Connection]:
+def _start(out: Path, threads: int, own: list[MethodName]) -> tuple[SpawnProcess, Connection]:
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, out, threads), daemon=True)
+    process = context.Process(target=_work, args=(theirs, out, threads, own), daemon=True)
     with _interrupts_ignored():  # inherited: a terminal sends Ctrl-C to all, and this process ends the others
         process.start()
     theirs.close()
@@ -130,9 +133,11 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(pipe: Connection, out: Path, threads: int) -> None:
+def _work(pipe: Connection, out: Path, threads: int, own: list[MethodName]) -> None:
     """Run what comes through the pipe, and tell of it. An unforeseen error ends the process, with its traceback."""
     torch.set_num_threads(threads)
+    for name in own:
+        import_method(name)
     read = cache(load_data)
     with suppress(EOFError, BrokenPipeError):  # who would want to know is gone
         while True:
