@@ -82,6 +82,24 @@ def test_a_process_that_dies_in_a_run_takes_no_other_run_with_it(tmp_path: Path,
     assert len(shares) > 10, "how far it is, while it trains"
 
 
+def test_an_interrupt_is_for_the_process_that_started_the_others(tmp_path: Path, digits: Dataset) -> None:
+    """A terminal sends Ctrl-C to all: each would end with a traceback of its own."""
+    ends: list[Message] = []
+    interrupted: set[int] = set()
+
+    def tell(job: Job, message: Message) -> None:
+        if not isinstance(message, At):
+            ends.append(message)
+        elif message.share > 0 and not interrupted:
+            for process in multiprocessing.active_children():
+                interrupted.add(process.pid)
+                os.kill(process.pid, signal.SIGINT)
+
+    run_all([_job(0), _job(1)], tmp_path, digits, tell, at_once=2)
+    assert len(interrupted) == 2
+    assert [type(end) for end in ends] == [list, list]
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     command = ["compare", "--out", str(tmp_path), "--budget", "4", *TINY]
     assert CliRunner().invoke(main, command).exit_code == 0
