@@ -14,7 +14,7 @@ from export.verify import TOLERANCE, verify_bundle
 from family.manifest import BundleError, check_files, load_manifest
 from family.tree import InvalidPath, format_path
 from training.checkpoint import CheckpointError, Weights, load_family, load_origin
-from training.cli import factory_option, weights_option
+from training.cli import factory_option, method_option, weights_option
 from training.config import ConfigError
 from training.dataset import DataError
 from training.model import Factory
@@ -39,6 +39,7 @@ def _bar() -> Progress:
 @click.option("--replace", is_flag=True, help="Replace BUNDLE if it is one; no server takes that up while it runs.")
 @weights_option
 @factory_option
+@method_option
 def export(run: Path, bundle: Path, paths: str, replace: bool, weights: Weights | None, factory: Factory | None) -> None:
     """Write the family trained in RUN as the folder BUNDLE.
 

@@ -19,7 +19,7 @@ class _Entry(NamedTuple):
 COMMANDS = {
     "train": _Entry("training.cli", "train", "train", "Train a family of subnetworks sharing one set of weights."),
     "evaluate": _Entry("training.cli", "evaluate", "train", "Score every path of a trained family."),
-    "compare": _Entry("training.cli", "compare", "train", "Compare training methods over seeds: table, CSV, plot."),
+    "compare": _Entry("training.compare_cli", "compare", "train", "Compare training methods over seeds: table, CSV, plot."),
     "reproduce": _Entry(
         "training.reproduce", "reproduce", "train", "Repeat the paper's experiments, its figures beside ours."
     ),

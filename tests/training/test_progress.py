@@ -84,7 +84,7 @@ def _interrupted_after(wanted: str, folder: Path) -> Iterator[None]:
         (["train"], r"stopped at step \d+ \(\d+%\): continue from the last checkpoint with the same command plus --resume"),
         (
             ["compare", "--methods", "hbll", "--seeds", "0"],
-            r"stopped in run 1 of 2, hbll-work-seed0, at step \d+ \(\d+%\): the same command goes on from the last",
+            r"stopped with 0 of 2 runs ended, in hbll-work-seed0 at step \d+ \(\d+%\): the same command goes on from the last",
         ),
     ],
 )
