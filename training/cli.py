@@ -143,7 +143,8 @@ def train(
     """Train a family of subnetworks that share one set of weights.
 
     The folder --out gets config.json, checkpoint.safetensors, log.csv, TensorBoard events and, at the end,
-    metrics.json and plots. A killed run goes on with --resume, as its config.json says: --out is all it has to be told.
+    metrics.json, classes.csv and plots. A killed run goes on with --resume, as its config.json says: --out is all it has
+    to be told.
 
     Started by torchrun, all its ranks train one family: they divide the batch among them, or with --tree-ranks (methods
     hbll and hbll-paper) the nodes of every level, or both. The result does not depend on their number, and a run can go
@@ -278,9 +279,11 @@ def compare(
 def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weights | None, factory: Factory | None) -> None:
     """Measure every path of the trained family in RUN on its validation and test data.
 
-    Prints accuracy, loss, temperature, calibration error, agreement with the reference path and FLOPs, and writes
-    metrics.json, accuracy.png (over depth and FLOPs), reliability.png and tree.png (how many test inputs run each hop when
-    they climb until --min-confidence). Temperatures, and what is best, are chosen on validation data.
+    Prints accuracy, loss, temperature, calibration error, agreement with the reference path and FLOPs, and of the
+    reference path and the ladder balanced accuracy and the recall of each class (of the ten worst). Writes
+    metrics.json, classes.csv (all classes), accuracy.png (over depth and FLOPs), reliability.png and tree.png (how many
+    test inputs run each hop when they climb until --min-confidence). Temperatures, and what is best, are chosen on
+    validation data.
     """
     try:
         config, family, _ = load_family(run, factory, weights)
