@@ -22,7 +22,7 @@ from training.distributed import TeamError, join
 from training.methods import METHODS, steps_of
 from training.model import Factory, Family, build_family
 from training.plots import plot_history
-from training.progress import Interrupted, console, download_with_bar, progress_columns, train_with_bar
+from training.progress import Interrupted, console, download_with_bar, interruptible, progress_columns, train_with_bar
 from training.report import Record, write_report
 from training.shapes import ShapeError
 from training.sources import load_data, load_data_of
@@ -164,14 +164,15 @@ def train(
     torch.set_num_threads(threads)
     try:
         goes_on = resume and (out / CONFIG_FILE).exists()
-        if goes_on and config is None:
-            run = change_config(load_run_config(out), given | settings, str(out / CONFIG_FILE))
-        else:
-            run = load_config(config, given | settings)
-        if download:
-            download_with_bar(run.data)
-        data = load_data(run.data)
-        family = build_family(run.model, run.train.seed, data.spec, factory)
+        with interruptible(f"stopped before the first step: {out} is as it was, and the same command begins again"):
+            if goes_on and config is None:
+                run = change_config(load_run_config(out), given | settings, str(out / CONFIG_FILE))
+            else:
+                run = load_config(config, given | settings)
+            if download:
+                download_with_bar(run.data)
+            data = load_data(run.data)
+            family = build_family(run.model, run.train.seed, data.spec, factory)
         if dry_run:
             _describe(run, family, data)
             return
@@ -181,6 +182,12 @@ def train(
             if data.left_out and team.leads:
                 console.print(f"{data.spec.description}: left out are {data.left_out}", markup=False, highlight=False)
             family = train_with_bar(run, out, data, family=family, resume=resume, team=team)
+        if team.leads:
+            with interruptible(
+                f"stopped in the report: the run in {out} has ended, and the same command plus --resume reports on it"
+            ):
+                plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
+                report(run, family, data, out)
     except Interrupted as exc:
         _stop(exc)
     except OSError as exc:
@@ -190,10 +197,6 @@ def train(
         ) from exc
     except (ConfigError, CheckpointError, DataError, ShapeError, TeamError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
-    if not team.leads:
-        return
-    plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
-    report(run, family, data, out)
 
 
 @click.command(epilog=_METHODS)
