@@ -19,7 +19,7 @@ from training.distributed import TeamError, join
 from training.methods import METHODS, method_of, steps_of
 from training.model import Factory, Family, build_family
 from training.plots import plot_history
-from training.progress import Interrupted, console, download_with_bar, train_with_bar
+from training.progress import Interrupted, console, download_with_bar, interruptible, train_with_bar
 from training.shapes import ShapeError
 from training.sources import load_data, load_data_of
 from training.splits import Splits
@@ -148,7 +148,8 @@ def train(
     """Train a family of subnetworks that share one set of weights.
 
     The folder --out gets config.json, checkpoint.safetensors, log.csv, TensorBoard events and, at the end,
-    metrics.json and plots. A killed run goes on with --resume, as its config.json says: --out is all it has to be told.
+    metrics.json, classes.csv and plots. A killed run goes on with --resume, as its config.json says: --out is all it has
+    to be told.
 
     Started by torchrun, all its ranks train one family: they divide the batch among them, or with --tree-ranks (methods
     hbll and hbll-paper) the nodes of every level, or both. The result does not depend on their number, and a run can go
@@ -168,14 +169,15 @@ def train(
     torch.set_num_threads(threads)
     try:
         goes_on = resume and (out / CONFIG_FILE).exists()
-        if goes_on and config is None:
-            run = change_config(load_run_config(out), given | settings, str(out / CONFIG_FILE))
-        else:
-            run = load_config(config, given | settings)
-        if download:
-            download_with_bar(run.data)
-        data = load_data(run.data)
-        family = build_family(run.model, run.train.seed, data.spec, factory)
+        with interruptible(f"stopped before the first step: {out} is as it was, and the same command begins again"):
+            if goes_on and config is None:
+                run = change_config(load_run_config(out), given | settings, str(out / CONFIG_FILE))
+            else:
+                run = load_config(config, given | settings)
+            if download:
+                download_with_bar(run.data)
+            data = load_data(run.data)
+            family = build_family(run.model, run.train.seed, data.spec, factory)
         if dry_run:
             _describe(run, family, data)
             return
@@ -185,6 +187,12 @@ def train(
             if data.left_out and team.leads:
                 console.print(f"{data.spec.description}: left out are {data.left_out}", markup=False, highlight=False)
             family = train_with_bar(run, out, data, family=family, resume=resume, team=team)
+        if team.leads:
+            with interruptible(
+                f"stopped in the report: the run in {out} has ended, and the same command plus --resume reports on it"
+            ):
+                plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
+                report(run, family, data, out)
     except Interrupted as exc:
         stop(exc)
     except OSError as exc:
@@ -194,10 +202,6 @@ def train(
         ) from exc
     except (ConfigError, CheckpointError, DataError, ShapeError, TeamError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
-    if not team.leads:
-        return
-    plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
-    report(run, family, data, out)
 
 
 @click.command()
@@ -216,9 +220,11 @@ def train(
 def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weights | None, factory: Factory | None) -> None:
     """Measure every path of the trained family in RUN on its validation and test data.
 
-    Prints accuracy, loss, temperature, calibration error, agreement with the reference path and FLOPs, and writes
-    metrics.json, accuracy.png (over depth and FLOPs), reliability.png and tree.png (how many test inputs run each hop when
-    they climb until --min-confidence). Temperatures, and what is best, are chosen on validation data.
+    Prints accuracy, loss, temperature, calibration error, agreement with the reference path and FLOPs, and of the
+    reference path and the ladder balanced accuracy and the recall of each class (of the ten worst). Writes
+    metrics.json, classes.csv (all classes), accuracy.png (over depth and FLOPs), reliability.png and tree.png (how many
+    test inputs run each hop when they climb until --min-confidence). Temperatures, and what is best, are chosen on
+    validation data.
     """
     try:
         config, family, _ = load_family(run, factory, weights)

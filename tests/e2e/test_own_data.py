@@ -72,6 +72,14 @@ def test_curl_gets_a_wine_by_its_name(page: Walked, name: str) -> None:
     assert model["input_shape"] == [13]
 
 
+def test_hbll_predict_finds_the_columns_of_a_table_by_name(page: Walked) -> None:
+    answers = [json.loads(line) for line in (page.folder / "answers.jsonl").read_text().splitlines()]
+    lines = (page.folder / "wine.csv").read_text().splitlines()[1:]
+    assert [answer["row"] for answer in answers] == list(range(1, len(lines) + 1))
+    right = [line.endswith(f",{answer['label']}") for line, answer in zip(lines, answers, strict=True)]
+    assert np.mean(right) > 0.9
+
+
 @pytest.mark.parametrize("name", ["wine", "wine-own"])
 def test_the_table_is_answered_as_the_manifest_promises(page: Walked, name: str) -> None:
     """Plain numbers from the file, standardised inside the graphs: all rows, every wire format."""
@@ -101,7 +109,7 @@ def test_python_gets_a_class_for_every_row_of_the_table(page: Walked) -> None:
 def test_curl_and_hbll_predict_get_a_digit_by_its_folders_name(page: Walked) -> None:
     answer = json.loads(page.printed("models/colours/predict"))
     assert answer["predictions"][0]["label"].startswith("digit-")
-    answers = re.findall(r"digit-\d", page.printed("hbll predict"))
+    answers = re.findall(r"digit-\d", page.printed("hbll predict digits"))
     assert len(answers) == len(list((page.folder / "digits" / "digit-7").iterdir()))
     assert answers.count("digit-7") > 0.6 * len(answers)
 
