@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.shares import Shares
 from family.tree import Path
-from service.gate import AT_ONCE, Pace
+from service.gate import AT_ONCE, Line, Pace
 from service.policy.state import Batch, Offer, Policy, Row
 from service.policy.wish import Wish
 
@@ -84,15 +83,15 @@ class _Server:
     """`loop_s`: until when its event loop is busy. `turn_s`: when its next turn is, as far as that is known. `unread`: the
     requests that wait for one. `asked`: whether some were read since the policy was asked, which idles."""
 
-    def __init__(self, policy: Policy, offer: Offer, contention: float) -> None:
+    def __init__(self, policy: Policy, offer: Offer, contention: float, asks: Callable[[int], tuple[float, float]]) -> None:
         self.policy, self.offer = policy, offer
         self._contention = contention
         self.running: Batch | None = None
         self.start_s = self.ran_s = self.ends_s = self.loop_s = 0.0
         self.turn_s = math.inf
-        self.unread: deque[int] = deque()
         self.asked = False
         self.pace = Pace()
+        self.unread = Line[int](self.pace, asks)
 
     def occupy(self, now_s: float, took_s: float) -> float:
         """Its event loop does something next. Returns when it has."""
@@ -134,7 +133,6 @@ def simulate(
     images = rng.integers(len(outcomes), size=count).tolist()
     first, second = (rng.integers(servers, size=(2, count))).tolist()
     noise = np.exp(hardware.jitter * rng.standard_normal(4096)).tolist()
-    fleet = [_Server(*make(), hardware.contention) for _ in range(servers)]
     report = Report(budget_s, np.zeros(count, np.int16), np.zeros(count, np.bool_), np.full(count, np.inf))
     depth, right, latency = report.depth, report.right, report.latency_s
     counts = {"answered": 0, "expired": 0, "refused": 0, "full": 0}
@@ -143,6 +141,7 @@ def simulate(
     sent = arrivals_s.tolist()
     arrives = (arrivals_s + hardware.wire_s / 2).tolist()
     asked_s = budget_s - hardware.wire_s
+    fleet = [_Server(*make(), hardware.contention, lambda at: (arrives[at], asked_s)) for _ in range(servers)]
 
     def settle(server: _Server, now: float) -> None:
         """Ask the policy what to do, now that the device is free."""
@@ -189,10 +188,10 @@ def simulate(
         settle(server, now)
 
     def read(server: _Server) -> None:
-        """The request that waits longest, if it has the time: see `service.gate`."""
-        at = server.unread.popleft()
+        """The request that is next, if it has the time: see `service.gate`."""
+        at, late = server.unread.next(server.loop_s)
         due_s, begun_s = arrives[at] + asked_s, max(arrives[at], server.loop_s)
-        if due_s < begun_s + server.pace.takes_s(asked_s, begun_s):
+        if late:
             counts["refused"] += 1
             server.occupy(begun_s, hardware.refuse_s)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -12,9 +13,10 @@ from rich.table import Table
 from export.bundle import Exported, export_bundle
 from export.verify import TOLERANCE, verify_bundle
 from family.manifest import BundleError, check_files, load_manifest
+from family.names import MODEL_NAME, VERSION, is_model_name, is_version
 from family.tree import InvalidPath, format_path
 from training.checkpoint import CheckpointError, Weights, load_family, load_origin
-from training.cli import factory_option, weights_option
+from training.cli import factory_option, method_option, weights_option
 from training.config import ConfigError
 from training.dataset import DataError
 from training.model import Factory
@@ -39,18 +41,20 @@ def _bar() -> Progress:
 @click.option("--replace", is_flag=True, help="Replace BUNDLE if it is one; no server takes that up while it runs.")
 @weights_option
 @factory_option
+@method_option
 def export(run: Path, bundle: Path, paths: str, replace: bool, weights: Weights | None, factory: Factory | None) -> None:
     """Write the family trained in RUN as the folder BUNDLE.
 
     BUNDLE gets one ONNX graph per path, the gated graph that serves all of them, one file of weights and a manifest.
-    In a model repository it is MODEL/VERSION, for example models/digits/1. The folder appears only when every graph
-    has been checked and compared with torch.
+    In a model repository it is MODEL/VERSION, for example models/digits/1: no server takes other names. The folder
+    appears only when every graph has been checked and compared with torch.
 
     \b
     Examples:
       hbll export runs/digits models/digits/1
       hbll export runs/digits models/digits/2 --paths ladder
     """
+    _warn_of_names(bundle)  # while nothing is lost yet
     try:
         config, family, progress = load_family(run, factory, weights)
         data = load_data_of(run, config.data)
@@ -99,6 +103,19 @@ def verify(bundle: Path, checkpoint: Path | None, weights: Weights | None, facto
         table.add_row(format_path(row.path), f"{row.gated:.1e}", f"{row.continued:.1e}", in_torch)
     console.print(table)
     console.print(f"{bundle} is whole: {len(manifest.files)} files, {len(differences)} paths agree in all forms")
+
+
+def _warn_of_names(bundle: Path) -> None:
+    """Who wants the graphs alone may call the folder anything."""
+    folder = Path(os.path.normpath(bundle.absolute()))
+    wrong = [] if is_model_name(folder.parent.name) else [f"{folder.parent.name!r} is no model's name, {MODEL_NAME}"]
+    wrong += [] if is_version(folder.name) else [f"{folder.name!r} is no version, {VERSION}"]
+    if wrong:
+        click.echo(
+            f"warning: no server will serve {bundle}: expected MODEL/VERSION, such as models/digits/1; "
+            + ", and ".join(wrong),
+            err=True,
+        )
 
 
 def _summary(exported: Exported, bundle: Path) -> None:

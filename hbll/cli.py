@@ -19,7 +19,7 @@ class _Entry(NamedTuple):
 COMMANDS = {
     "train": _Entry("training.cli", "train", "train", "Train a family of subnetworks sharing one set of weights."),
     "evaluate": _Entry("training.cli", "evaluate", "train", "Score every path of a trained family."),
-    "compare": _Entry("training.cli", "compare", "train", "Compare training methods over seeds: table, CSV, plot."),
+    "compare": _Entry("training.compare_cli", "compare", "train", "Compare training methods over seeds: table, CSV, plot."),
     "reproduce": _Entry(
         "training.reproduce", "reproduce", "train", "Repeat the paper's experiments, its figures beside ours."
     ),
@@ -28,7 +28,7 @@ COMMANDS = {
     "verify": _Entry("export.cli", "verify", "export,train,cpu", "Compare all graphs of a bundle, and the checkpoint."),
     "serve": _Entry("service.cli", "serve", "cpu", "Serve a folder of models over HTTP."),
     "keys": _Entry("service.keys_cli", "keys", "cpu", "Make, list and remove API keys."),
-    "predict": _Entry("hbll.predict", "predict", "cpu", "Ask a running server about an image."),
+    "predict": _Entry("hbll.predict", "predict", "cpu", "Ask a running server about images or tables."),
     "simulate": _Entry("benchmarks.simulate", "main", "cpu,train", "Compare scheduling policies in simulated time."),
     "bench": _Entry("benchmarks.bench", "main", "cpu,train", "Compare scheduling policies on real servers."),
     "bench-training": _Entry("benchmarks.training", "main", "train", "Time, span and memory of a step of HBLL and of BP."),

@@ -2,28 +2,59 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from hbll.client import DEFAULT_URL, Answer, Client, HbllError, PredictOptions, Rung
+from hbll.client import DEFAULT_URL, Answer, Client, HbllError, Prediction, PredictOptions, Rung
+from hbll.table import SUFFIXES, TableError, read_rows
 
 console = Console(markup=False)  # labels and file names may have brackets
 
+_ROWS_A_REQUEST = 64
+_LIKELIEST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What is asked about: an image file's content, or row `number` of a table, from 1."""
+
+    file: Path
+    content: bytes | NDArray[np.float32]
+    number: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.file.name if self.number is None else f"{self.file.name}:{self.number}"
+
+    def as_json(self, prediction: Prediction, **members: Any) -> str:
+        row = {} if self.number is None else {"row": self.number}
+        said = {name: value for name, value in asdict(prediction).items() if value is not None}
+        return json.dumps({"file": str(self.file), **row, **said, **members})
+
 
 @click.command()
-@click.argument("images", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1, required=True)
+@click.argument("files", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1, required=True)
 @click.option("--url", default=DEFAULT_URL, show_default=True, help="Of the server.")
 @click.option("--model", help="Name of the model.  [default: the only one served]")
 @click.option("--version", type=click.IntRange(min=1), help="Of the model.  [default: the newest]")
+@click.option("--drop", multiple=True, metavar="COLUMN", help="Of tables, to be left out. Can be repeated.")
 @click.option("--depth", help="Blocks to run: a number, best or full.")
 @click.option("--path", help="Nodes of a path, like 4-6-7.")
-@click.option("--budget-ms", type=float, help="Latency budget in milliseconds.")
+@click.option("--budget-ms", type=float, help="Latency budget in milliseconds, of each request.")
 @click.option("--min-confidence", type=float, help="Go deeper until the answer is this confident, 0..1.")
 @click.option("--max-risk", type=float, help="Go deeper until the answer is certified to this level, such as 0.05.")
+@click.option("--probabilities", is_flag=True, help="Of every label; without --json those of the likeliest are shown.")
 @click.option("--stream", is_flag=True, help="Show the answer of every rung as it comes.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each row, or with --stream each rung.")
 @click.option(
     "--api-key",
     envvar="HBLL_CLIENT_API_KEY",
@@ -32,26 +63,32 @@ console = Console(markup=False)  # labels and file names may have brackets
 )
 @click.option("--timeout-s", type=float, default=10.0, show_default=True, help="How long to wait for the server.")
 def predict(
-    images: tuple[Path, ...],
+    files: tuple[Path, ...],
     url: str,
     model: str | None,
     version: int | None,
+    drop: tuple[str, ...],
     depth: str | None,
     path: str | None,
     budget_ms: float | None,
     min_confidence: float | None,
     max_risk: float | None,
+    probabilities: bool,
     stream: bool,
+    as_json: bool,
     api_key: str | None,
     timeout_s: float,
 ) -> None:
-    """Ask a running server what is on IMAGES (PNG, JPEG, WebP, BMP, GIF; light ink on dark for the digits).
+    """Ask a running server about FILES: images (PNG, JPEG, WebP, BMP, GIF; light ink on dark for the digits), or tables
+    (.csv with a header, .parquet) with the columns that the model was trained on, in any order.
+
+    All images go in one request, the rows of tables in several, one after the other.
 
     \b
     Examples:
       hbll predict digit.png
-      hbll predict digit.png --budget-ms 5
       hbll predict a.png b.png --min-confidence 0.9 --stream
+      hbll predict parts.csv --drop state --json | jq -r .label
     """
     options: PredictOptions = {
         "version": version,
@@ -60,21 +97,26 @@ def predict(
         "latency_budget_ms": budget_ms,
         "min_confidence": min_confidence,
         "max_risk": max_risk,
+        "probabilities": probabilities,
     }
-    files = [image.read_bytes() for image in images]  # before the budget begins, as all that only this command needs
     try:
         with Client(url, api_key=api_key, timeout_s=timeout_s) as client:
             name = model or _only_model(client)
-            if not stream:
-                _show(images, client.predict(files, model=name, **options))
-                return
-            for event in client.stream(files, model=name, **options):
-                if isinstance(event, Rung):
-                    _show_rung(images[event.row], event)
+            requests = _requests(client, name, version, files, drop)  # read before a budget begins
+            answers = []
+            for rows in requests:
+                inputs = [row.content for row in rows]
+                if stream:
+                    answer = _follow(rows, client.stream(inputs, model=name, **options), as_json)
                 else:
-                    _show(images, event)
-    except HbllError as exc:
+                    answer = client.predict(inputs, model=name, **options)
+                    if as_json:
+                        _print_rows(rows, answer)
+                answers.append(answer)
+    except (HbllError, TableError) as exc:
         raise click.ClickException(str(exc)) from exc
+    if not as_json:
+        _show([row for rows in requests for row in rows], answers)
 
 
 def _only_model(client: Client) -> str:
@@ -86,23 +128,83 @@ def _only_model(client: Client) -> str:
     return names[0]
 
 
-def _show_rung(image: Path, rung: Rung) -> None:
-    row = rung.prediction
-    console.print(
-        f"{image.name}: {row.label} with confidence {row.confidence:.3f} after {rung.total_ms} ms, depth {row.depth}, "
-        f"path {row.path}"
-    )
+def _requests(
+    client: Client, model: str, version: int | None, files: Sequence[Path], drop: Sequence[str]
+) -> list[list[_Row]]:
+    """The rows of each request.
+
+    Raises:
+        TableError: a table is not one that the model takes.
+    """
+    tables = [file for file in files if file.suffix.lower() in SUFFIXES]
+    images = [_Row(file, file.read_bytes()) for file in files if file not in tables]
+    if drop and not tables:
+        raise click.UsageError("--drop goes with tables")
+    requests = [images] if images else []
+    features = client.model(model, version=version).features if tables else None
+    for file in tables:
+        if features is None:
+            raise TableError(f"{file}: model {model} was not trained on a table, and has no columns")
+        rows = [_Row(file, values, number) for number, values in enumerate(read_rows(file, features, drop), start=1)]
+        requests += [rows[first : first + _ROWS_A_REQUEST] for first in range(0, len(rows), _ROWS_A_REQUEST)]
+    return requests
 
 
-def _show(images: tuple[Path, ...], answer: Answer) -> None:
-    table = Table(title=f"{answer.model} version {answer.version}")
-    for column in ("image", "label", "confidence", "depth", "path", "stopped by"):
-        table.add_column(column, justify="left" if column in ("image", "path", "stopped by") else "right")
-    for file, row in zip(images, answer.predictions, strict=True):
-        table.add_row(file.name, row.label, f"{row.confidence:.3f}", str(row.depth), row.path, row.stopped_by)
+def _follow(rows: Sequence[_Row], events: Iterable[Rung | Answer], as_json: bool) -> Answer:
+    """Print rungs as they come, and return the answer at the end."""
+    for event in events:
+        if isinstance(event, Answer):
+            return event
+        row, found = rows[event.row], event.prediction
+        if as_json:
+            click.echo(row.as_json(found, final=event.final, total_ms=event.total_ms))
+        else:
+            console.print(
+                f"{row.name}: {found.label} with confidence {found.confidence:.3f} after {event.total_ms} ms, depth "
+                f"{found.depth}, path {found.path}"
+            )
+    raise AssertionError("a stream ends with its answer, or an error")
+
+
+def _print_rows(rows: Sequence[_Row], answer: Answer) -> None:
+    about = {"model": answer.model, "version": answer.version, "deadline_met": answer.deadline_met}
+    for row, found in zip(rows, answer.predictions, strict=True):
+        click.echo(row.as_json(found, **about))
+
+
+def _show(rows: Sequence[_Row], answers: Sequence[Answer]) -> None:
+    table = Table(title=f"{answers[0].model} version {answers[0].version}")
+    for column in ("input", "label", "confidence", "depth", "path", "stopped by"):
+        table.add_column(column, justify="left" if column in ("input", "path", "stopped by") else "right")
+    predictions = [found for answer in answers for found in answer.predictions]
+    if any(found.probabilities for found in predictions):
+        table.add_column("likeliest")
+    for row, found in zip(rows, predictions, strict=True):
+        cells = [row.name, found.label, f"{found.confidence:.3f}", str(found.depth), found.path, found.stopped_by or ""]
+        if found.probabilities:
+            cells.append("\n".join(_likeliest(found.probabilities)))
+        table.add_row(*cells)
     console.print(table)
-    met = {True: "met", False: "missed", None: "none given"}[answer.deadline_met]
-    console.print(
-        f"queue {answer.queue_ms} ms, compute {answer.compute_ms} ms, total {answer.total_ms} ms, here {answer.elapsed_ms} "
-        f"ms; deadline {met}"
+    queue_ms, compute_ms, total_ms, here_ms = (
+        round(sum(getattr(answer, name) for answer in answers), 3)
+        for name in ("queue_ms", "compute_ms", "total_ms", "elapsed_ms")
     )
+    several = f"{len(answers)} requests: " if len(answers) > 1 else ""
+    console.print(
+        f"{several}queue {queue_ms} ms, compute {compute_ms} ms, total {total_ms} ms, here {here_ms} ms; "
+        f"deadline {_deadlines(answers)}"
+    )
+
+
+def _likeliest(probabilities: Mapping[str, float]) -> Iterator[str]:
+    for label in sorted(probabilities, key=probabilities.__getitem__, reverse=True)[:_LIKELIEST]:
+        yield f"{label} {probabilities[label]:.3f}"
+
+
+def _deadlines(answers: Sequence[Answer]) -> str:
+    met = [answer.deadline_met for answer in answers]
+    if met[0] is None:
+        return "none given"
+    if all(met):
+        return "met"
+    return "missed" if len(met) == 1 else f"missed by {met.count(False)}"

@@ -1,5 +1,5 @@
 """ASGI middleware around all others: a request's arrival, its id, its line in the access log, and the answer to errors
-that nobody expected. What the line tells of the answer, the routes note with `note_answer`.
+that nobody expected. What the line tells of the answer, `HttpArrival` notes.
 
 It logs no bodies, no queries, no headers and of API keys the name.
 """
@@ -12,13 +12,13 @@ import random
 import re
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.answers import Answer
-from service.errors import NotReady
+from service.errors import NotReady, ServiceError
 from service.keyring import Key
 from service.logs import ACCESS_LOGGER, request_id
 from service.responses import error_response, on_unknown_error
@@ -111,10 +111,30 @@ class Access:
             log_request(scope["state"] | found, scope["method"], route)
 
 
-def note_answer(request: Request, answer: Answer, *, deadline_met: bool | None, budget_ms: float | None = None) -> None:
-    """Let the access log know how the engine answered, and `service.listener` to what budget, if that says how long an
-    answer takes."""
-    request.scope["state"].update(answer=answer, deadline_met=deadline_met, budget_ms=budget_ms)
+class HttpArrival:
+    """The `Arrival` of a `service.call.Call` that came by HTTP. `service.listener` hears of its budget, too."""
+
+    __slots__ = ("_request", "arrived_s")
+
+    leaving: ClassVar[tuple[type[BaseException], ...]] = ()  # `service.presence` raises `ClientGone`
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.arrived_s: float = request.state.arrived_s
+
+    def note(self, answer: Answer, deadline_met: bool | None, budget_ms: float | None) -> None:
+        """See `Arrival`."""
+        self._request.scope["state"].update(answer=answer, deadline_met=deadline_met, budget_ms=budget_ms)
+
+    def span(self, error: ServiceError | None) -> tuple[str, dict[str, str | int], str | None]:
+        """See `Arrival`."""
+        method, route = self._request.method, self._request.scope["route"].path
+        attributes: dict[str, str | int] = {
+            "http.request.method": method,
+            "http.route": route,
+            "http.response.status_code": 200 if error is None else error.status,
+        }
+        return f"{method} {route}", attributes, self._request.headers.get("traceparent")
 
 
 def id_of(given: bytes | None) -> str:

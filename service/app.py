@@ -134,6 +134,11 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     return app
 
 
+def end_soon(app: FastAPI) -> None:
+    """Say no more that the server is ready, if it was not by now. What is open goes on: see `drain_rpc`."""
+    app.state.context.told_to_end = True
+
+
 async def drain_rpc(app: FastAPI) -> None:
     """Take no more calls of gRPC and wait for those that are open. HTTP is drained by who listens."""
     rpc = getattr(app.state, "rpc", None)  # told to stop before it had started, or without it
@@ -167,6 +172,8 @@ async def _warm_up(app: FastAPI) -> None:
                 for _ in range(_WARM_UP_REQUESTS):
                     for url, body in _warm_up_requests(model):
                         response = await client.post(url, json=body)
+                        if context.ending:
+                            return
                         if response.is_error:  # tight limits may refuse ours, and are no reason not to serve
                             logger.info("warm-up of version %d of %s: %s", model.version, model.name, response.text)
                             break
@@ -174,6 +181,8 @@ async def _warm_up(app: FastAPI) -> None:
         # The server stays up and unready, so that probes and people can see it.
         logger.exception("warm-up failed; the server will not become ready")
         raise
+    if context.ending:
+        return
     context.metrics.clear()
     shorten_pauses()
     context.warm = True

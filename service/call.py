@@ -1,4 +1,4 @@
-"""A request on its way to the engine, whatever protocol it came by: its wish resolved, its time and outcome counted."""
+"""A request on its way to the engine, whatever protocol it came by: its wish resolved, and all that belongs to its end."""
 
 from __future__ import annotations
 
@@ -6,27 +6,57 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from fastapi import Request
+from typing import Protocol
 
 from service.answers import Answer
 from service.context import Context
+from service.errors import ClientGone, ServiceError
 from service.logs import request_id
-from service.metrics import Metrics
 from service.policy.wish import Wish, resolve_wish
 from service.repository import ServedModel
 from service.schemas import Wishes
 from service.tracing import Timed
 
 
+class Arrival(Protocol):
+    """How a request came, and who hears of its end there."""
+
+    @property
+    def arrived_s(self) -> float:
+        """When, on the monotonic clock."""
+        ...
+
+    @property
+    def leaving(self) -> tuple[type[BaseException], ...]:
+        """What its client's leaving shows as, beside our own `ClientGone`."""
+        ...
+
+    def note(self, answer: Answer, deadline_met: bool | None, budget_ms: float | None) -> None:
+        """Let the access log know how the engine answered, and to what budget, if that says how long an answer takes."""
+        ...
+
+    def span(self, error: ServiceError | None) -> tuple[str, dict[str, str | int], str | None]:
+        """What traces tell of a request that ends well, or by `error`: a name, attributes, its own `traceparent`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request for `served`, understood and admitted. `arrived_s` is on the monotonic clock."""
+    """A request for `served`, understood and admitted. It ends once: as `answered`, or `failed`.
 
+    The engine is asked within `with call:`, by which it has failed if an error of ours comes out, or its client leaves.
+    """
+
+    ctx: Context
     served: ServedModel
     wish: Wish
-    arrived_s: float
+    arrival: Arrival
     budget_ms: float | None
+
+    @property
+    def arrived_s(self) -> float:
+        """See `Arrival`."""
+        return self.arrival.arrived_s
 
     @property
     def total_s(self) -> float:
@@ -43,13 +73,60 @@ class Call:
             return None
         return all(row.stopped_by in ("risk", "complete") for row in answer.rows)
 
+    def answered(self, answer: Answer, *, streamed: bool = False) -> float:
+        """Count, note and trace that it ends by `answer`, after as many seconds as this returns.
+
+        The model learns how long it took from the decision until now, when the response is built. Not where answers are
+        `streamed`: there a slow reader would tell.
+        """
+        metrics, labels, total_s = self.ctx.metrics, self.served.labels, self.total_s
+        deadline_met = self.deadline_met(total_s)
+        metrics.of(metrics.total_seconds, *labels).observe(total_s)
+        metrics.of(metrics.last_answer, *labels).set_to_current_time()
+        if deadline_met is not None:
+            metrics.of(metrics.deadlines, *labels, str(deadline_met).lower()).inc()
+        if self.served.profile is not None and not streamed:
+            self.served.profile.observe_send(time.monotonic() - answer.decided_s)
+        self.arrival.note(answer, deadline_met, None if streamed else self.budget_ms)
+        self._trace(answer.spans, None)
+        return total_s
+
+    def failed(self, error: ServiceError, *, untold: bool = False) -> None:
+        """Count and trace that it ends by `error`. Whoever tells a client of an error counts it as a refusal; if it is
+        `untold`, nobody does, and so it is here."""
+        self.ctx.metrics.failed_seconds.labels(*self.served.labels).observe(self.total_s)
+        if untold:
+            self.ctx.metrics.refusals.labels(error.code).inc()
+        self._trace((), error)
+
+    def __enter__(self) -> None:  # no generator of contextlib's: every request comes here
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, ServiceError):
+            self.failed(error)
+        elif isinstance(error, self.arrival.leaving):
+            self.failed(ClientGone(""), untold=True)
+
+    def _trace(self, spans: Sequence[Timed], error: ServiceError | None) -> None:
+        """Export the spans, if anybody wants them."""
+        if self.ctx.tracer is None:
+            return
+        name, attributes, traceparent = self.arrival.span(error)
+        attributes |= {
+            "hbll.model": self.served.name,
+            "hbll.request_id": request_id.get() or "",
+            "hbll.version": self.served.version,
+        }
+        self.ctx.tracer.export(Timed(name, self.arrived_s, time.monotonic(), attributes), spans, traceparent)
+
 
 def open_call(
     ctx: Context,
     served: ServedModel,
     wishes: Wishes,
     rows: int,
-    arrived_s: float,
+    arrival: Arrival,
     *,
     climb: bool = False,
     priority: int = 0,
@@ -75,69 +152,10 @@ def open_call(
         path=wishes.path,
         min_confidence=wishes.min_confidence if wishes.wishes or not climb else math.inf,
         max_risk=wishes.max_risk,
-        deadline_s=None if budget_ms is None else arrived_s + budget_ms / 1000,
+        deadline_s=None if budget_ms is None else arrival.arrived_s + budget_ms / 1000,
         strict=wishes.strict,
         priority=priority,
         min_depth=served.settings.min_depth,
     )
     ctx.engine.require_room(rows)
-    return Call(served, wish, arrived_s, budget_ms)
-
-
-def count_answered(metrics: Metrics, call: Call, total_s: float) -> None:
-    """Count a call that was answered after `total_s`."""
-    labels = call.served.labels
-    metrics.of(metrics.total_seconds, *labels).observe(total_s)
-    metrics.of(metrics.last_answer, *labels).set_to_current_time()
-    met = call.deadline_met(total_s)
-    if met is not None:
-        metrics.of(metrics.deadlines, *labels, str(met).lower()).inc()
-
-
-def learn_send(call: Call, answer: Answer) -> None:
-    """Let the model know how long it took from the decision until now, when the response is built. Not of streams: there
-    a slow reader would tell."""
-    if call.served.profile is not None:
-        call.served.profile.observe_send(time.monotonic() - answer.decided_s)
-
-
-def count_failed(metrics: Metrics, call: Call) -> None:
-    """Count a call that was admitted and ended in an error."""
-    metrics.failed_seconds.labels(*call.served.labels).observe(call.total_s)
-
-
-def trace(ctx: Context, request: Request, call: Call, spans: Sequence[Timed], status: int) -> None:
-    """Export the spans of a request that ends now, if anybody wants them."""
-    if ctx.tracer is None:
-        return
-    route = request.scope["route"].path
-    attributes = {
-        "http.request.method": request.method,
-        "http.route": route,
-        "http.response.status_code": status,
-        "hbll.model": call.served.name,
-        "hbll.request_id": request.state.request_id,
-        "hbll.version": call.served.version,
-    }
-    whole = Timed(f"{request.method} {route}", call.arrived_s, call.arrived_s + call.total_s, attributes)
-    ctx.tracer.export(whole, spans, request.headers.get("traceparent"))
-
-
-def trace_rpc(
-    ctx: Context, method: str, traceparent: str | None, call: Call, spans: Sequence[Timed], status_code: int
-) -> None:
-    """`trace` for a call of the gRPC `method`, `package.Service/Method`, which ends with that status."""
-    if ctx.tracer is None:
-        return
-    service, _, name = method.partition("/")
-    attributes: dict[str, str | int] = {
-        "rpc.system": "grpc",
-        "rpc.service": service,
-        "rpc.method": name,
-        "rpc.grpc.status_code": status_code,
-        "hbll.model": call.served.name,
-        "hbll.request_id": request_id.get() or "",
-        "hbll.version": call.served.version,
-    }
-    whole = Timed(method, call.arrived_s, call.arrived_s + call.total_s, attributes)
-    ctx.tracer.export(whole, spans, traceparent)
+    return Call(ctx, served, wish, arrival, budget_ms)

@@ -19,7 +19,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from family.manifest import WEIGHTS_FILE, BundleError, Manifest, check_files, load_manifest
 from family.tree import format_path
-from service.app import create_app, drain_rpc
+from service.app import create_app, drain_rpc, end_soon
 from service.flags import others, settings_flags
 from service.keyring import KeysError
 from service.listener import BadCertificate, Server, server_config
@@ -63,7 +63,7 @@ def serve(show_config: bool, **flags: Any) -> None:
         _require_free(settings.host, settings.port)
         configure_logs(settings.log_format)
         app = create_app(settings)
-        server = Server(server_config(app, settings), partial(drain_rpc, app))
+        server = Server(server_config(app, settings), partial(drain_rpc, app), partial(end_soon, app))
     except WrongSettings as exc:
         raise click.ClickException(f"wrong setting: {exc}") from exc
     except (BundleError, GrpcError, KeysError, BadCertificate) as exc:

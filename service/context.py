@@ -20,7 +20,8 @@ from service.tracing import Tracer
 
 @dataclass(slots=True)
 class Context:
-    """What the app hands to its routes. `loading`: versions come and go one at a time."""
+    """What the app hands to its routes. `loading`: versions come and go one at a time. `told_to_end`: by a signal, of which
+    the engine, that still answers what is open, hears later."""
 
     settings: Settings
     repository: Repository
@@ -31,11 +32,17 @@ class Context:
     call_gate: CallGate
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     warm: bool = False
+    told_to_end: bool = False
 
     @property
     def ready(self) -> bool:
         """Every model is loaded and warm, and the engine lives."""
         return self.warm and self.engine.ready
+
+    @property
+    def ending(self) -> bool:
+        """Whether what is not ready by now need not become so."""
+        return self.told_to_end or self.engine.stopping
 
     def answers(self, served: ServedModel) -> bool:
         """Whether this version of a model answers now."""

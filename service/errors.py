@@ -117,7 +117,8 @@ class UnknownService(ServiceError):
 
 
 class RequestTimeout(ServiceError):
-    """The headers or the body did not arrive in time. The connection ends: the rest of the request may still come."""
+    """The headers or the body, or by gRPC the message, did not arrive in time. HTTP's connection ends: the rest of the
+    request may still come."""
 
     status = 408
     code = "request_timeout"

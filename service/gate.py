@@ -4,6 +4,7 @@ A loop that begins with every request as soon as it is there begins with hundred
 of its time before the first is answered, the device waits meanwhile, and all are late. So only a few begin at a time;
 between these, answers are sent and the next batch is chosen. Whoever waited too long for an answer in time is refused
 here, which takes a fraction of what the app takes for a refusal: else an overload would be spent on those who are late.
+And who would surely be in time begins before those who only might be: else an overload would be spent on who is just late.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable
+from typing import Generic, Literal, Protocol, TypeVar
 
 from service.errors import DeadlineExpired
 
 AT_ONCE = 8
 """How many begin before the loop turns to what else there is: measured from 2 to 128 (docs/scheduling.md)."""
 
-_LATEST, _SHARE = 64, 0.75  # what an answer takes is this quantile of so many
+_LATEST, _LIKELY, _SURELY = 64, 0.75, 0.97  # what an answer takes is a quantile of so many
+
+Outlook = Literal["sure", "doubtful", "late"]
+"""Whether a request that begins now will be answered in time: by 0.97 of the latest answers, by less, by less than 0.75."""
 
 _MOST_OF_BUDGET = 0.75
 """Nobody is refused who waited for less than the rest. Where there is time, answers take it, for more blocks; and right
@@ -64,29 +69,74 @@ class Pace:
 
     def __init__(self) -> None:
         self._latest: deque[tuple[float, float, float]] = deque(maxlen=_LATEST)  # when, the budget, what it took
-        self._known: tuple[float, float, float] | None = None  # until when, the budget asked about last, what was said
+        self._known: tuple[float, float, tuple[float, float]] | None = None  # until when, the budget, what was said of it
 
     def answered(self, budget_s: float, took_s: float, now_s: float) -> None:
         """A request with this budget has its answer, so long after it began, the time to send it included."""
         self._latest.append((now_s, budget_s, took_s))
         self._known = None
 
-    def takes_s(self, budget_s: float, now_s: float) -> float:
-        """What a request with this budget is to be begun before its end: the 0.75 quantile, as most of the others would be
-        late, and at most three quarters of it. Zero while nothing is known."""
+    def takes_s(self, budget_s: float, now_s: float) -> tuple[float, float]:
+        """How long before the end of its budget a request is to begin: the 0.75 quantile, and at most three quarters of the
+        budget (with less, most would be late), and the 0.97 quantile (with that, hardly any). 0 while nothing is known."""
         if self._known is not None and self._known[1] == budget_s and now_s <= self._known[0]:
             return self._known[2]
         measured = [each for each in self._latest if each[1] <= budget_s and now_s <= each[0] + budget_s]
         if not measured:
-            return 0.0
+            return 0.0, 0.0
         took_s = sorted([each[2] for each in measured])
-        takes_s = min(took_s[int(_SHARE * (len(took_s) - 1))], _MOST_OF_BUDGET * budget_s)
+        last = len(took_s) - 1
+        takes_s = min(took_s[int(_LIKELY * last)], _MOST_OF_BUDGET * budget_s), took_s[int(_SURELY * last)]
         self._known = measured[0][0] + budget_s, budget_s, takes_s
         return takes_s
 
-    def in_time(self, arrived_s: float, budget_s: float | None, now_s: float) -> bool:
-        """Whether a request that came at `arrived_s` would have its answer in its budget, if it has one and begins now."""
-        return budget_s is None or arrived_s + budget_s >= now_s + self.takes_s(budget_s, now_s)
+    def outlook(self, arrived_s: float, budget_s: float | None, now_s: float) -> Outlook:
+        """Of a request that came at `arrived_s`, if it begins now."""
+        if budget_s is None:
+            return "sure"
+        likely_s, surely_s = self.takes_s(budget_s, now_s)
+        left_s = arrived_s + budget_s - now_s
+        return "late" if left_s < likely_s else "doubtful" if left_s < surely_s else "sure"
+
+
+R = TypeVar("R")
+
+
+class Line(Generic[R]):
+    """Requests that wait to begin, in the order in which they came: but whoever is sure to be in time goes before those who
+    are not. `asks` says when a request came, and its budget if it has one; it is asked when the request is to be next."""
+
+    def __init__(self, pace: Pace, asks: Callable[[R], tuple[float, float | None]]) -> None:
+        self._pace, self._asks = pace, asks
+        self._waiting: deque[R] = deque()
+        self._doubtful: deque[tuple[R, float, float | None]] = deque()  # were next, but not sure any more
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._doubtful)
+
+    def append(self, request: R) -> None:
+        """It waits from now on."""
+        self._waiting.append(request)
+
+    def next(self, now_s: float) -> tuple[R, bool]:
+        """Who waits no more, and whether it would be late.
+
+        Raises:
+            IndexError: nobody waits.
+        """
+        outlook = self._pace.outlook
+        if self._doubtful:
+            request, arrived_s, budget_s = self._doubtful[0]
+            if (seems := outlook(arrived_s, budget_s, now_s)) != "doubtful":
+                self._doubtful.popleft()
+                return request, seems == "late"
+        while self._waiting:
+            request = self._waiting.popleft()
+            arrived_s, budget_s = self._asks(request)
+            if (seems := outlook(arrived_s, budget_s, now_s)) != "doubtful":
+                return request, seems == "late"
+            self._doubtful.append((request, arrived_s, budget_s))
+        return self._doubtful.popleft()[0], False
 
 
 def late(arrived_s: float) -> DeadlineExpired:
@@ -98,20 +148,20 @@ def late(arrived_s: float) -> DeadlineExpired:
 
 
 class Gate:
-    """Lets requests begin in the order in which they came, few at a time. Used on one event loop.
+    """Lets requests begin, few at a time. Used on one event loop.
 
     `pace` is to be told of answers.
     """
 
     def __init__(self) -> None:
         self.pace = Pace()
-        self._waiting: deque[Unread] = deque()
+        self._line = Line[Unread](self.pace, lambda request: (request.arrived_s, request.budget_s()))
         self._begun = 0  # in this turn of the loop
         self._turn_s: float | None = None  # when it began, if there were requests to be read then
 
     def waiting(self) -> int:
         """How many wait; those that begin at once never do."""
-        return len(self._waiting)
+        return len(self._line)
 
     def came_s(self, now_s: float) -> float:
         """When a request that the loop reads now is taken to have come. In a crowd the loop has been busy since its turn
@@ -120,8 +170,8 @@ class Gate:
 
     def enter(self, request: Unread) -> None:
         """A request begins now, or when it is its turn."""
-        if self._begun == AT_ONCE or self._waiting:
-            self._waiting.append(request)
+        if self._begun == AT_ONCE or self._line:
+            self._line.append(request)
             return
         if not self._begun:
             asyncio.get_running_loop().call_soon(self._next_turn)
@@ -131,18 +181,18 @@ class Gate:
     def _next_turn(self) -> None:
         """The loop has been through all that was there when the latest began."""
         self._begun = 0
-        if not self._waiting:
+        if not self._line:
             self._turn_s = None
             return
         asyncio.get_running_loop().call_soon(self._next_turn)
         self._turn_s = now_s = time.monotonic()
-        while self._waiting and self._begun < AT_ONCE:
-            request = self._waiting.popleft()
+        while self._line and self._begun < AT_ONCE:
+            request, would_be_late = self._line.next(now_s)
             if request.gone:
                 request.forget()
                 continue
             self._begun += 1
-            if self.pace.in_time(request.arrived_s, request.budget_s(), now_s):
-                request.begin()
-            else:
+            if would_be_late:
                 request.refuse()
+            else:
+                request.begin()

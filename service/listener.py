@@ -16,6 +16,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from types import FrameType
 from typing import Any, ClassVar
 
 import httptools
@@ -91,11 +92,20 @@ def _check_password(settings: Settings) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; when it is told to stop, `drain` begins at once, for whatever serves beside HTTP."""
+    """uvicorn's server; `on_exit` is called by the signal that tells it to stop, and then `drain` begins at once, for
+    whatever serves beside HTTP."""
 
-    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]], on_exit: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(config)
         self._drain = drain
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """See signal.signal. uvicorn takes notice of a signal only a tenth of a second later."""
+        self._on_exit()
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen. In each of its turns uvloop accepts one connection of a socket (libuv since 1.45), so that in an
@@ -284,7 +294,7 @@ class BoundedConnection(HttpToolsProtocol):
         """uvicorn's: the next request of the connection may begin."""
         self._free_s = now_s = time.monotonic()
         if self._begun is not None:
-            state = self._begun.scope["state"]  # see `service.access.note_answer`
+            state = self._begun.scope["state"]  # see `service.access.HttpArrival`
             if (budget_ms := state.get("budget_ms")) is not None:
                 deeper_s = state["answer"].decided_s - state["answer"].answered_s
                 self.gate.pace.answered(budget_ms / 1000, now_s - self._begun_s - deeper_s, now_s)

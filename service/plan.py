@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request
 
 from family.tree import format_path
+from service.access import HttpArrival
 from service.call import Call, open_call
 from service.context import Context, Ctx, errors, milliseconds
 from service.drift import DriftWatch
@@ -27,8 +28,7 @@ async def plan(served: Served, wishes: Annotated[PlanQuery, Query()], request: R
     """What a request with these wishes would get now, by the live profile and what waits, and why."""
     if wishes.rows > ctx.settings.max_request_rows:
         raise InvalidInput(f"rows: expected at most {ctx.settings.max_request_rows}, got {wishes.rows}")
-    arrived_s: float = request.state.arrived_s
-    call = open_call(ctx, served, wishes.as_wishes(), wishes.rows, arrived_s)
+    call = open_call(ctx, served, wishes.as_wishes(), wishes.rows, HttpArrival(request))
     now_s = time.monotonic()
     steps = ctx.engine.foresee(served, call.wish, wishes.rows)
     accuracies = served.accuracies
@@ -41,7 +41,7 @@ async def plan(served: Served, wishes: Annotated[PlanQuery, Query()], request: R
         )
         for step in steps
     ]
-    feasible = call.budget_ms is None or steps[0].by_s <= arrived_s + call.budget_ms / 1000
+    feasible = call.budget_ms is None or steps[0].by_s <= call.arrived_s + call.budget_ms / 1000
     return Plan(
         model=served.name,
         version=served.version,

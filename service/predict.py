@@ -12,9 +12,9 @@ from starlette.responses import StreamingResponse
 
 from family.manifest import Manifest
 from family.tree import format_path
-from service.access import note_answer
+from service.access import HttpArrival
 from service.answers import Answer, OnAnswer, RowAnswer
-from service.call import Call, count_answered, count_failed, learn_send, open_call, trace
+from service.call import Call, open_call
 from service.context import Context, Ctx, errors, milliseconds
 from service.errors import ClientGone, InvalidInput, ServiceError
 from service.inputs import Decoder, takes_long
@@ -36,7 +36,7 @@ async def _prepare(body: PredictRequest, request: Request, ctx: Context, *, clim
     served = served_model(request)
     if (rows := len(body.inputs)) > (most := ctx.settings.max_request_rows):
         raise InvalidInput(f"inputs: expected at most {most} rows (max_request_rows), got {rows}")
-    call = open_call(ctx, served, body, len(body.inputs), request.state.arrived_s, climb=climb)
+    call = open_call(ctx, served, body, len(body.inputs), HttpArrival(request), climb=climb)
     decode = Decoder(served.manifest, ctx.settings.max_image_pixels).decode
     x = await run_in_threadpool(decode, body.inputs) if takes_long(body.inputs) else decode(body.inputs)
     return call, x
@@ -57,23 +57,15 @@ async def predict(body: PredictRequest, request: Request, ctx: Ctx) -> Response:
     refuse_query(request.scope["query_string"])
     body = with_headers(body, request.scope["headers"])
     call, x = await _prepare(body, request, ctx, climb=False)
-    return await answer_call(request, ctx, call, x, probabilities=body.probabilities)
+    return await answer_call(request, call, x, probabilities=body.probabilities)
 
 
-async def answer_call(request: Request, ctx: Context, call: Call, x: Rows, *, probabilities: bool) -> Response:
+async def answer_call(request: Request, call: Call, x: Rows, *, probabilities: bool) -> Response:
     """The engine's answer to `x (rows, *input_shape) float32` as a `PredictResponse`."""
-    try:
-        answer = await while_connected(request, ctx.engine.submit(call.served, x, call.wish, call.arrived_s))
-    except ServiceError as error:
-        count_failed(ctx.metrics, call)
-        trace(ctx, request, call, (), error.status)
-        raise
+    with call:
+        answer = await while_connected(request, call.ctx.engine.submit(call.served, x, call.wish, call.arrived_s))
+    total_s = call.answered(answer)
     served = call.served
-    total_s = call.total_s
-    count_answered(ctx.metrics, call, total_s)
-    learn_send(call, answer)
-    trace(ctx, request, call, answer.spans, 200)
-    note_answer(request, answer, deadline_met=call.deadline_met(total_s), budget_ms=call.budget_ms)
     # A plain dict, serialised here: validating our own answer, once or as FastAPI would twice, costs more than the rest.
     content = {
         "model": served.name,
@@ -120,10 +112,7 @@ async def predict_stream(body: StreamRequest, request: Request, ctx: Ctx) -> Res
         return StreamAnswer(**content, row=row, final=answer.stopped_by is not None, total_ms=milliseconds(call.total_s))
 
     def on_end(answer: Answer) -> StreamEnd:
-        total_s = call.total_s
-        count_answered(ctx.metrics, call, total_s)
-        trace(ctx, request, call, answer.spans, 200)
-        note_answer(request, answer, deadline_met=call.deadline_met(total_s))
+        total_s = call.answered(answer, streamed=True)
         return StreamEnd(
             model=call.served.name,
             version=call.served.version,
@@ -138,17 +127,11 @@ async def predict_stream(body: StreamRequest, request: Request, ctx: Ctx) -> Res
         return ctx.engine.submit(call.served, x, call.wish, call.arrived_s, listener)
 
     def on_error(error: ServiceError) -> None:
-        count_failed(ctx.metrics, call)
-        trace(ctx, request, call, (), error.status)
-        ctx.metrics.refusals.labels(error.code).inc()
+        call.failed(error, untold=True)
 
     events = answer_events(work, on_answer, on_end, on_error)
-    try:
+    with call:
         first = await while_connected(request, anext(events))
-    except ServiceError as error:
-        count_failed(ctx.metrics, call)
-        trace(ctx, request, call, (), error.status)
-        raise
     return EventStream(first, events, on_gone=lambda: on_error(ClientGone("")))
 
 

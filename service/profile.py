@@ -93,6 +93,11 @@ class LatencyProfile:
         table = self._typical.get(segment) or self._table(segment)  # asked for very often
         return table[rows] * self._ratios[rows.bit_length()].quantile + self._waits.quantile
 
+    def pace(self, rows: int) -> tuple[float, float]:
+        """What makes `latency_s` of so many rows, at most the largest batch, out of `typical_s`: times the first, plus the
+        second."""
+        return self._ratios[rows.bit_length()].quantile, self._waits.quantile
+
     def likely_s(self, segment: Segment, rows: int) -> float:
         """The median as of late, of at most the largest batch."""
         table = self._typical.get(segment) or self._table(segment)

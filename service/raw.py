@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from family.manifest import Manifest
+from service.access import HttpArrival
 from service.call import open_call
 from service.context import context_of
 from service.direct import DirectRoute
@@ -28,8 +29,8 @@ async def predict_raw(request: Request) -> Response:
     wishes = with_headers(with_query(request.scope["query_string"]), request.scope["headers"])
     body = await request.body()
     x = _read(body, served.manifest, ctx.settings.max_request_rows)
-    call = open_call(ctx, served, wishes, len(x), request.state.arrived_s)
-    return await answer_call(request, ctx, call, x, probabilities=wishes.probabilities)
+    call = open_call(ctx, served, wishes, len(x), HttpArrival(request))
+    return await answer_call(request, call, x, probabilities=wishes.probabilities)
 
 
 direct_routes = [DirectRoute(f"{url}/predict", predict_raw, OCTETS) for url in model_urls("/v1")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ import numpy as np
 
 from family.choice import climb, pareto_front
 from family.manifest import MANIFEST_FILE, WEIGHTS_FILE, BundleError, Manifest, check_files, load_manifest, sha256_of
+from family.names import MODEL_NAME, is_model_name, is_version
 from family.tree import Path
 from service.errors import UnknownModel, UnknownVersion
 from service.memory import grown_bytes, resident_bytes
@@ -26,9 +26,6 @@ from service.settings import ModelSettings, Settings
 from service.version_policy import choose
 
 logger = logging.getLogger(__name__)
-
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
 class Runner(Protocol):
@@ -219,7 +216,7 @@ class Repository:
             OSError: it cannot be read.
         """
         folders = [] if self._root is None else sorted(self._root.iterdir())
-        return [folder.name for folder in folders if _MODEL_NAME.fullmatch(folder.name) and folder.is_dir()]
+        return [folder.name for folder in folders if is_model_name(folder.name) and folder.is_dir()]
 
     def versions_found(self, name: str) -> list[int]:
         """The versions of a model in the folder; none if there is no such model.
@@ -227,7 +224,7 @@ class Repository:
         Raises:
             OSError: it cannot be read.
         """
-        if self._root is None or not _MODEL_NAME.fullmatch(name) or not (self._root / name).is_dir():
+        if self._root is None or not is_model_name(name) or not (self._root / name).is_dir():
             return []
         return _versions(self._root / name)
 
@@ -291,8 +288,8 @@ def open_repository(settings: Settings) -> Repository:
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.name.startswith("."):
             continue
-        if not _MODEL_NAME.fullmatch(folder.name):
-            raise BundleError(f"{folder}: expected a model's name of letters, digits, '.', '_' and '-'")
+        if not is_model_name(folder.name):
+            raise BundleError(f"{folder}: expected a model's name, {MODEL_NAME}")
         found = _versions(folder)
         if not found:
             if (folder / MANIFEST_FILE).exists():
@@ -330,7 +327,7 @@ def _say_missing(settings: Settings, message: str) -> None:
 
 
 def _versions(folder: FilePath) -> list[int]:
-    return [int(child.name) for child in folder.iterdir() if _VERSION.fullmatch(child.name)]
+    return [int(child.name) for child in folder.iterdir() if is_version(child.name)]
 
 
 def _load(root: FilePath, settings: Settings, cache: ProfileCache, name: str, version: int) -> ServedModel:

@@ -15,6 +15,7 @@ from family.choice import best_by_depth, climb, pareto_front, reference_path
 from family.tree import Hop, Path, Tree, extends, format_path
 from training.calibrate import Answers, answers, fit_temperature, measure
 from training.checkpoint import CheckpointError, write_atomically
+from training.classes import score_classes
 from training.cost import costs
 from training.dataset import Dataset, Split
 from training.evaluate import path_logits
@@ -30,7 +31,8 @@ Both = tuple[Answers, Answers]
 class SplitMetrics:
     """A path on one split. `accuracy`, `agreement` (same answer as the reference path) and the expected calibration errors
     (15 equal bins) are shares, 0..1; losses are in nats a row. `scaled_...` are of `softmax(logits / temperature)`, the
-    others of plain `softmax(logits)`."""
+    others of plain `softmax(logits)`. `balanced_accuracy`, the mean recall of the classes, is none in files from before
+    there was one."""
 
     accuracy: float
     agreement: float
@@ -38,6 +40,7 @@ class SplitMetrics:
     calibration_error: float
     scaled_loss: float
     scaled_calibration_error: float
+    balanced_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ class Climb:
 
 def assess(family: Family, data: Dataset, paths: Sequence[Path]) -> Assessment:
     """Measure paths on validation and test data. All choices, and temperatures, are made on validation data."""
-    tree = family.tree
+    tree, classes = family.tree, len(data.spec.labels)
     device = next(family.parameters()).device
     flops, parameters = costs(family, data.validation.x[:1].to(device))
     validation, temperatures = _fit(family, data.validation, paths)
@@ -114,8 +117,8 @@ def assess(family: Family, data: Dataset, paths: Sequence[Path]) -> Assessment:
             temperature=temperatures[path],
             best_of_depth=best[len(path)] == path,
             on_front=path in front,
-            validation=_metrics(validation[path], validation[front[-1]]),
-            test=_metrics(test[path], test[front[-1]]),
+            validation=_metrics(validation[path], validation[front[-1]], data.validation, classes),
+            test=_metrics(test[path], test[front[-1]], data.test, classes),
         )
         for path in sorted(paths, key=lambda path: (len(path), path))
     }
@@ -190,7 +193,7 @@ def _both(logits: NDArray[np.float32], labels: NDArray[np.int64], temperature: f
     return answers(logits, labels), answers(logits, labels, temperature)
 
 
-def _metrics(path: Both, reference: Both) -> SplitMetrics:
+def _metrics(path: Both, reference: Both, split: Split, classes: int) -> SplitMetrics:
     plain, scaled = (measure(*pair) for pair in zip(path, reference, strict=True))
     return SplitMetrics(
         accuracy=plain.accuracy,
@@ -199,4 +202,5 @@ def _metrics(path: Both, reference: Both) -> SplitMetrics:
         calibration_error=plain.calibration_error,
         scaled_loss=scaled.loss,
         scaled_calibration_error=scaled.calibration_error,
+        balanced_accuracy=score_classes(path[0].answer, split.labels.numpy(), classes).balanced_accuracy,
     )

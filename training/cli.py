@@ -1,4 +1,4 @@
-"""`hbll train`, `hbll compare` and `hbll evaluate`."""
+"""`hbll train` and `hbll evaluate`, and the options that they share with other commands."""
 
 from __future__ import annotations
 
@@ -9,27 +9,23 @@ from typing import NoReturn
 
 import click
 import torch
-from rich.progress import Progress
 
-from family import tree as algebra
-from training import compare as comparison
 from training.assessment_report import MIN_CONFIDENCE, report
 from training.checkpoint import CONFIG_FILE, CheckpointError, Weights, load_family, load_run_config
 from training.config import ConfigError, MethodName, RunConfig, change_config, dump_config, load_config, parse_override
-from training.custom import import_factory
+from training.custom import import_factory, import_method
 from training.dataset import DataError, Dataset
 from training.distributed import TeamError, join
-from training.methods import METHODS, steps_of
+from training.methods import METHODS, method_of, steps_of
 from training.model import Factory, Family, build_family
 from training.plots import plot_history
-from training.progress import Interrupted, console, download_with_bar, progress_columns, train_with_bar
-from training.report import Record, write_report
+from training.progress import Interrupted, console, download_with_bar, interruptible, train_with_bar
 from training.shapes import ShapeError
 from training.sources import load_data, load_data_of
 from training.splits import Splits
-from training.trainer import LOG_FILE, History, Report, TrainingDiverged
+from training.trainer import LOG_FILE, History, TrainingDiverged
 
-_METHODS = "\b\nMethods:\n" + "\n".join(
+METHODS_HELP = "\b\nMethods:\n" + "\n".join(
     textwrap.fill(method.summary, 76, initial_indent=f"  {name:12} ", subsequent_indent=" " * 15)
     for name, method in METHODS.items()
 )
@@ -42,33 +38,31 @@ def _overrides(_context: click.Context, _option: click.Parameter, values: tuple[
         raise click.BadParameter(str(exc)) from exc
 
 
-def _method_names(_context: click.Context, _option: click.Parameter, text: str) -> tuple[MethodName, ...]:
-    known: dict[str, MethodName] = {name: name for name in METHODS}
-    names = dict.fromkeys(part.strip() for part in text.split(","))
-    if unknown := names.keys() - known.keys():
-        raise click.BadParameter(f"there is no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
-    return tuple(known[name] for name in names)
+def find_method(name: str) -> MethodName:
+    """`name`, known as a method: the user's own is imported.
 
-
-def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
+    Raises:
+        BadParameter: there is none of this name.
+    """
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as exc:
-        raise click.BadParameter(f"expected numbers with commas between them, got {text!r}") from exc
+        if ":" in name:
+            import_method(name)
+    except ConfigError as exc:
+        raise click.BadParameter(str(exc)) from exc
+    if name not in METHODS:
+        raise click.BadParameter(f"there is no method {name}; there are {', '.join(METHODS)}, and MODULE:NAME of yours")
+    return name
 
 
-def _rates(_context: click.Context, _option: click.Parameter, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
-    except ValueError as exc:
-        raise click.BadParameter(f"expected learning rates with commas between them, got {text!r}") from exc
+def _method(_context: click.Context, _option: click.Parameter, name: str | None) -> MethodName | None:
+    return None if name is None else find_method(name)
 
 
-_config = click.option(
+config_option = click.option(
     "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="TOML file; defaults: digits."
 )
-_budget = click.option("--budget", type=float, help="Block evaluations per training image; overrides train.budget.")
-_set = click.option(
+budget_option = click.option("--budget", type=float, help="Block evaluations per training image; overrides train.budget.")
+set_option = click.option(
     "--set",
     "settings",
     multiple=True,
@@ -76,7 +70,7 @@ _set = click.option(
     metavar="KEY=VALUE",
     help="Overrides any key of the configuration, like train.lr=1e-3. Can be repeated.",
 )
-_threads = click.option(
+threads_option = click.option(
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="CPU threads of one operation."
 )
 
@@ -96,6 +90,15 @@ factory_option = click.option(
 )
 
 
+method_option = click.option(
+    "--method",
+    callback=_method,
+    expose_value=False,
+    metavar="MODULE:NAME",
+    help="Runs this code of yours, for a run of a method of your own.",
+)
+
+
 weights_option = click.option(
     "--weights",
     type=click.Choice(["final", "best"]),
@@ -103,15 +106,17 @@ weights_option = click.option(
 )
 
 
-@click.command(epilog=_METHODS)
-@_config
+@click.command(epilog=METHODS_HELP)
+@config_option
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/digits"), show_default=True)
-@click.option("--method", type=click.Choice(list(METHODS)), help="Overrides train.method.")
+@click.option(
+    "--method", callback=_method, metavar="NAME", help="Overrides train.method; MODULE:NAME runs a method of yours."
+)
 @click.option("--blocks", type=int, help="With bp or cffm: blocks of the one network that is trained.")
 @click.option("--hbll-share", type=float, help="With hbll+chains: share of the budget that HBLL steps take, 0..1.")
 @click.option("--seed", type=int, help="Overrides train.seed.")
-@_budget
-@_set
+@budget_option
+@set_option
 @click.option(
     "--resume", is_flag=True, help="Go on with the run in --out, by its config.json; starts one where there is none."
 )
@@ -122,7 +127,7 @@ weights_option = click.option(
 @click.option(
     "--tree-ranks", type=int, default=1, show_default=True, help="Ranks that divide the nodes of a level among them."
 )
-@_threads
+@threads_option
 def train(
     config: Path | None,
     out: Path,
@@ -143,7 +148,8 @@ def train(
     """Train a family of subnetworks that share one set of weights.
 
     The folder --out gets config.json, checkpoint.safetensors, log.csv, TensorBoard events and, at the end,
-    metrics.json and plots. A killed run goes on with --resume, as its config.json says: --out is all it has to be told.
+    metrics.json, classes.csv and plots. A killed run goes on with --resume, as its config.json says: --out is all it has
+    to be told.
 
     Started by torchrun, all its ranks train one family: they divide the batch among them, or with --tree-ranks (methods
     hbll and hbll-paper) the nodes of every level, or both. The result does not depend on their number, and a run can go
@@ -163,14 +169,15 @@ def train(
     torch.set_num_threads(threads)
     try:
         goes_on = resume and (out / CONFIG_FILE).exists()
-        if goes_on and config is None:
-            run = change_config(load_run_config(out), given | settings, str(out / CONFIG_FILE))
-        else:
-            run = load_config(config, given | settings)
-        if download:
-            download_with_bar(run.data)
-        data = load_data(run.data)
-        family = build_family(run.model, run.train.seed, data.spec, factory)
+        with interruptible(f"stopped before the first step: {out} is as it was, and the same command begins again"):
+            if goes_on and config is None:
+                run = change_config(load_run_config(out), given | settings, str(out / CONFIG_FILE))
+            else:
+                run = load_config(config, given | settings)
+            if download:
+                download_with_bar(run.data)
+            data = load_data(run.data)
+            family = build_family(run.model, run.train.seed, data.spec, factory)
         if dry_run:
             _describe(run, family, data)
             return
@@ -180,8 +187,14 @@ def train(
             if data.left_out and team.leads:
                 console.print(f"{data.spec.description}: left out are {data.left_out}", markup=False, highlight=False)
             family = train_with_bar(run, out, data, family=family, resume=resume, team=team)
+        if team.leads:
+            with interruptible(
+                f"stopped in the report: the run in {out} has ended, and the same command plus --resume reports on it"
+            ):
+                plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
+                report(run, family, data, out)
     except Interrupted as exc:
-        _stop(exc)
+        stop(exc)
     except OSError as exc:
         raise click.ClickException(
             f"cannot write {exc.filename or out}: {exc.strerror or exc}. What was written before is intact: once that "
@@ -189,78 +202,6 @@ def train(
         ) from exc
     except (ConfigError, CheckpointError, DataError, ShapeError, TeamError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
-    if not team.leads:
-        return
-    plot_history(History.read(out / LOG_FILE, up_to_step=2**62).rows, out / "accuracy_over_training.png")
-    report(run, family, data, out)
-
-
-@click.command(epilog=_METHODS)
-@_config
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/compare"), show_default=True)
-@click.option(
-    "--methods", default=",".join(METHODS), callback=_method_names, help="With commas between them.  [default: all]"
-)
-@click.option("--seeds", default="0,1,2", show_default=True, callback=_numbers, help="With commas between them.")
-@click.option(
-    "--rates", default="", callback=_rates, help="Learning rates to choose from for every method, with commas between them."
-)
-@click.option(
-    "--tuning-seeds", default="100", show_default=True, callback=_numbers, help="Of the runs that decide about --rates."
-)
-@_budget
-@_set
-@_threads
-def compare(
-    config: Path | None,
-    out: Path,
-    methods: tuple[MethodName, ...],
-    seeds: tuple[int, ...],
-    rates: tuple[float, ...],
-    tuning_seeds: tuple[int, ...],
-    budget: float | None,
-    settings: dict[str, object],
-    threads: int,
-) -> None:
-    """Train several methods over several seeds, at equal work and at equal epochs, and report accuracy over blocks.
-
-    Every method but bp trains one family: for all of --budget, and for as many epochs as separate networks of 1..D and of
-    all blocks get when they share --budget. These networks are what bp means here; they are also trained for as many
-    steps as the first of the other methods. With --rates, every method and every separate network first gets the rate
-    that is best on validation data at the seeds --tuning-seeds, which the comparison itself should not use.
-
-    The folder --out gets comparison.md, comparison.csv, comparison.png, and the runs. A run that is finished is not
-    repeated and one that was killed goes on: give the same command again. Processes with different --seeds can share
-    an --out; a last call with all seeds then reports them together.
-
-    \b
-    Examples:
-      hbll compare --config training/configs/digits.toml
-      hbll compare --config training/configs/resmlp.toml --rates 2e-3,4e-3,8e-3
-      hbll compare --methods exits,bp --seeds 0 --budget 13 --out runs/smoke
-    """
-    torch.set_num_threads(threads)
-    given: dict[str, object] = {} if budget is None else {"train.budget": budget}
-    try:
-        base = load_config(config, given | settings)
-        data = load_data(base.data)
-        tuning = comparison.plan_tuning(base, methods, tuning_seeds, rates)
-        planned = comparison.plan(base, methods, seeds, len(data.train))  # what cannot be is told before hours of tuning
-        comparison.require_unclaimed(tuning, out)
-        comparison.require_unclaimed(planned, out, rates_known=not tuning)
-        tuned = _run_with_bar("tuning", tuning, out, data) if tuning else []
-        jobs = comparison.plan(base, methods, seeds, len(data.train), comparison.choose_rates(base, tuned))
-        comparison.require_unclaimed(jobs, out)
-        found = tuned + _run_with_bar("comparing", jobs, out, data)
-        records = [record for _, of_run in found for record in of_run]
-        sizes = comparison.separate_blocks(algebra.Tree(base.model.hierarchy_depth))
-        text = write_report(base, sizes, seeds, records, out)
-    except Interrupted as exc:
-        _stop(exc)
-    except (ConfigError, CheckpointError, ValueError) as exc:
-        raise click.ClickException(str(exc)) from exc
-    click.echo(text)
-    console.print(f"wrote comparison.md, comparison.csv and comparison.png in {out}")
 
 
 @click.command()
@@ -275,15 +216,19 @@ def compare(
 )
 @weights_option
 @factory_option
+@method_option
 def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weights | None, factory: Factory | None) -> None:
     """Measure every path of the trained family in RUN on its validation and test data.
 
-    Prints accuracy, loss, temperature, calibration error, agreement with the reference path and FLOPs, and writes
-    metrics.json, accuracy.png (over depth and FLOPs), reliability.png and tree.png (how many test inputs run each hop when
-    they climb until --min-confidence). Temperatures, and what is best, are chosen on validation data.
+    Prints accuracy, loss, temperature, calibration error, agreement with the reference path and FLOPs, and of the
+    reference path and the ladder balanced accuracy and the recall of each class (of the ten worst). Writes
+    metrics.json, classes.csv (all classes), accuracy.png (over depth and FLOPs), reliability.png and tree.png (how many
+    test inputs run each hop when they climb until --min-confidence). Temperatures, and what is best, are chosen on
+    validation data.
     """
     try:
         config, family, _ = load_family(run, factory, weights)
+        method_of(config.train)  # it says which paths are trained
         data = load_data_of(run, config.data)
     except (CheckpointError, ConfigError, DataError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
@@ -292,45 +237,7 @@ def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weight
     report(config, family, data, target, min_confidence)
 
 
-def _run_with_bar(
-    what: str, jobs: list[comparison.Job], out: Path, data: Dataset
-) -> list[tuple[comparison.Job, list[Record]]]:
-    """All runs and what they found; one that diverges is named and left out."""
-    work = sum(job.config.train.budget for job in jobs) * len(data.train)
-    console.print(f"{what}: {len(jobs)} runs, {work / 1e6:.1f} million block evaluations")
-    finished: list[tuple[comparison.Job, list[Record]]] = []
-    with Progress(*progress_columns("{task.description}"), console=console, refresh_per_second=4) as bar:
-        task = bar.add_task(what, total=work)
-        done = 0.0
-        for index, job in enumerate(jobs):
-            of_run = job.config.train.budget * len(data.train)
-            bar.update(task, description=f"{index + 1}/{len(jobs)} {job.name}")
-
-            at = ""
-
-            def on_step(report: Report, done: float = done, of_run: float = of_run) -> None:
-                nonlocal at
-                at = f", at step {report.step} ({report.share:.0%})"
-                bar.update(task, completed=done + of_run * report.share)
-
-            try:
-                found = comparison.run(job, out, data, on_step)
-                finished.append((job, found))
-                reference = max(found, key=lambda record: record.validation_accuracy)
-                console.print(f"{job.name}: {100 * reference.test_accuracy:.1f} % on path {reference.path}")
-            except TrainingDiverged as exc:
-                console.print(f"{job.name}: [red]left out:[/red] {exc}")
-            except KeyboardInterrupt as exc:
-                raise Interrupted(
-                    f"stopped in run {index + 1} of {len(jobs)}, {job.name}{at}: the same command goes on from the last "
-                    "checkpoint"
-                ) from exc
-            done += of_run
-            bar.update(task, completed=done)
-    return finished
-
-
-def _stop(exc: Interrupted) -> NoReturn:
+def stop(exc: Interrupted) -> NoReturn:
     """End as shells expect it after Ctrl-C, with what goes on."""
     click.echo(str(exc), err=True)
     raise SystemExit(128 + signal.SIGINT)
@@ -339,7 +246,7 @@ def _stop(exc: Interrupted) -> NoReturn:
 def _describe(run: RunConfig, family: Family, data: Dataset) -> None:
     """Print what `hbll train` would do: the configuration as TOML, the data, the model's size, the work."""
     rows = len(data.train)
-    tree, method = family.tree, METHODS[run.train.method]
+    tree, method = family.tree, method_of(run.train)
     embed, blocks, head = (sum(p.numel() for p in part.parameters()) for part in (family.embed, family.blocks, family.head))
     heads = "the head" if family.shares_head else "the heads"
     steps = steps_of(run, tree, rows)

@@ -28,9 +28,9 @@ from training.assessment import METRICS_FILE, PathMetrics, assess, read_metrics,
 from training.checkpoint import CONFIG_FILE, CheckpointError, load_run_config
 from training.config import ConfigError, MethodName, RunConfig, describe_changes, parse_config
 from training.dataset import Dataset
-from training.methods import METHODS, steps_of, trained_paths
+from training.methods import method_of, steps_of, trained_paths
 from training.report import Matched, Record
-from training.trainer import Report, train
+from training.trainer import LOG_FILE, History, Report, train
 
 Rates = Mapping[tuple[MethodName, int | None], float]
 """Peak learning rates by method and, for separate networks, blocks; what is not in it keeps the base's."""
@@ -48,12 +48,17 @@ class Job:
         """Of the run's folder: `chains-work-seed0`, `bp3-steps-seed1`, `chains-lr0.001-seed100` of a tuning run."""
         settings = self.config.train
         kind = f"lr{settings.lr:g}" if self.matched == "tuning" else self.matched
-        return f"{settings.method}{settings.blocks or ''}-{kind}-seed{settings.seed}"
+        return f"{settings.method.replace(':', '.')}{settings.blocks or ''}-{kind}-seed{settings.seed}"
 
     @property
     def trained(self) -> tuple[MethodName, int | None]:
         """The method, and the blocks of a separate network: what has a learning rate of its own."""
         return self.config.train.method, self.config.train.blocks
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training images that the budget is enough for."""
+        return self.config.train.budget / _evaluations(self.config)
 
 
 def separate_blocks(tree: Tree) -> tuple[int, ...]:
@@ -155,6 +160,21 @@ def require_unclaimed(jobs: Sequence[Job], out: FilePath, *, rates_known: bool =
         raise ConfigError(f"{folder} was started with another configuration, {describe_changes(before, config)}: {why}")
 
 
+def is_finished(job: Job, out: FilePath) -> bool:
+    """Whether the run is there already: metrics are written last. A folder of another configuration is another run's."""
+    folder = out / "runs" / job.name
+    try:
+        return (folder / METRICS_FILE).exists() and load_run_config(folder) == job.config
+    except CheckpointError:
+        return False
+
+
+def share_trained(job: Job, out: FilePath) -> float:
+    """The share of its budget, 0..1, after which the run would go on."""
+    rows = History.read(out / "runs" / job.name / LOG_FILE, up_to_step=2**62).rows  # a checkpoint follows each row
+    return min(1.0, float(rows[-1]["share"])) if rows else 0.0
+
+
 def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None]) -> list[Record]:
     """Train and measure one run in its folder under `out`, or read it if it is there already or another process is at it.
 
@@ -164,10 +184,10 @@ def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None
         TrainingDiverged: the loss is not finite.
     """
     folder = out / "runs" / job.name
-    if _is_finished(folder, job.config):
+    if is_finished(job, out):
         return _records(job, read_metrics(folder))
     family = train(job.config, folder, data, on_step, resume=True, wait=True)
-    if _is_finished(folder, job.config):  # by the other process that it waited for
+    if is_finished(job, out):  # by the other process that it waited for
         return _records(job, read_metrics(folder))
     metrics = assess(family, data, trained_paths(job.config, family.tree, tuple(family.tree.paths()))).paths
     write_metrics(folder, metrics)
@@ -189,27 +209,18 @@ class _Changes:
 
 def _evaluations(config: RunConfig) -> float:
     """Of one image in one epoch."""
-    return METHODS[config.train.method].evaluations(config.train, Tree(config.model.hierarchy_depth))
-
-
-def _is_finished(folder: FilePath, config: RunConfig) -> bool:
-    """Metrics are written last. A folder of another configuration is not: the trainer refuses it by name."""
-    try:
-        return (folder / METRICS_FILE).exists() and load_run_config(folder) == config
-    except CheckpointError:
-        return False
+    return method_of(config.train).evaluations(config.train, Tree(config.model.hierarchy_depth))
 
 
 def _records(job: Job, metrics: Mapping[Path, PathMetrics]) -> list[Record]:
     settings = job.config.train
-    epochs = settings.budget / _evaluations(job.config)
     return [
         Record(
             settings.method,
             job.matched,
             settings.seed,
             settings.lr,
-            epochs,
+            job.epochs,
             settings.budget,
             format_path(path),
             result.depth,

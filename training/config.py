@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,11 @@ from pydantic_core import ErrorDetails
 
 from training.data_config import DataConfig, DigitsConfig, Section
 
-MethodName = Literal["hbll+chains", "hbll", "hbll-paper", "chains", "paths", "exits", "cffm", "bp"]
-"""What each does is in `training.methods`."""
+BUILT_IN = "hbll+chains", "hbll", "hbll-paper", "chains", "paths", "exits", "cffm", "bp"
+"""The methods that are there; what each does is in `training.methods`."""
+MethodName = str
+"""One of these, or `module:name` of the user's own, see `training.custom`."""
+_IMPORTED = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
 class ConfigError(ValueError):
@@ -83,7 +87,7 @@ class CustomConfig(_FamilyConfig):
     kind: Literal["custom"] = "custom"
     factory: str | None = Field(
         None,
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        pattern=f"^{_IMPORTED}$",
         description="module:function, from a data set's description to a family; imported only if --factory names it too",
     )
 
@@ -94,7 +98,11 @@ ModelConfig = VitConfig | MlpConfig | ResMlpConfig | GptConfig | CustomConfig
 class TrainConfig(Section):
     """How a family is trained."""
 
-    method: MethodName = Field("hbll+chains", description="what a step does; `hbll train -h` tells them apart")
+    method: MethodName = Field(
+        "hbll+chains",
+        description=f"what a step does: {', '.join(BUILT_IN)} (`hbll train -h` tells them apart), or module:name of one of "
+        "yours, imported only if --method names it too",
+    )
     blocks: int | None = Field(
         None, ge=1, description="blocks of the one network that bp or cffm trains; none: cffm trains all, bp must have it"
     )
@@ -130,6 +138,13 @@ class TrainConfig(Section):
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="bf16: training steps run under autocast; weights, validation and export stay float32"
     )
+
+    @field_validator("method")
+    @classmethod
+    def _is_a_method(cls, name: str) -> str:
+        if name not in BUILT_IN and not re.fullmatch(_IMPORTED, name):
+            raise ValueError(f"expected one of {', '.join(BUILT_IN)}, or module:name of a method of yours, got {name!r}")
+        return name
 
     @model_validator(mode="after")
     def _blocks_go_with_one_network(self) -> TrainConfig:

@@ -1,4 +1,5 @@
-"""Families of the user's own modules: trained from Python, or built by a factory that the command line names.
+"""What is the user's own: families of any modules, trained from Python or built by a factory that the command line names,
+and methods to train them by.
 
 No configuration describes such a family, and nothing is unpickled: weights come from safetensors, and the modules from the
 code that built them, run again.
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from training.checkpoint import Origin, Progress, load_family, load_origin
 from training.config import ConfigError, RunConfig, parse_config
 from training.dataset import Dataset
+from training.methods import METHODS, Method
 from training.model import Factory, Family
 from training.progress import train_with_bar
 
@@ -71,15 +73,7 @@ def import_factory(name: str) -> Factory:
     Raises:
         ConfigError: there is no such module or function.
     """
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ConfigError(f"expected --factory MODULE:FUNCTION like my_model:build, got {name!r}")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as exc:
-        raise ConfigError(f"cannot import the factory {name}: {exc}") from exc
+    found = _imported(name, "--factory MODULE:FUNCTION like my_model:build")
 
     def build(spec: Any) -> Family:
         family = found(spec)
@@ -88,3 +82,28 @@ def import_factory(name: str) -> Factory:
         return family
 
     return build
+
+
+def import_method(name: str) -> Method:
+    """Import `module:name`, as `import_factory` does, and make it a method by that name, for this process.
+
+    Raises:
+        ConfigError: there is no such module or name, or it is no `Method`.
+    """
+    found = _imported(name, "a method MODULE:NAME like my_methods:mine")
+    if not isinstance(found, Method):
+        raise ConfigError(f"{name} must be a training.methods.Method, got {type(found).__name__}")
+    METHODS[name] = found
+    return found
+
+
+def _imported(name: str, expected: str) -> Any:
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"expected {expected}, got {name!r}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError(f"cannot import {name}: {exc}") from exc

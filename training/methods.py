@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from family.tree import Path, Tree
-from training.config import MethodName, RunConfig, TrainConfig
+from training.config import ConfigError, MethodName, RunConfig, TrainConfig
 from training.distributed import ALONE, Team
 from training.model import Family
 from training.objective import (
@@ -156,16 +156,32 @@ METHODS: dict[MethodName, Method] = {
         _one_network,
     ),
 }
+"""By name: those of `training.config.BUILT_IN`, and the user's that `training.custom.import_method` adds."""
+
+
+def method_of(settings: TrainConfig) -> Method:
+    """The method of a run.
+
+    Raises:
+        ConfigError: it is code of the user's, which nobody has named.
+    """
+    try:
+        return METHODS[settings.method]
+    except KeyError as exc:
+        raise ConfigError(
+            f"{settings.method} is a method of your own. Training with it runs that code, so name it: --method "
+            f"{settings.method}; or in Python, training.custom.import_method({settings.method!r})"
+        ) from exc
 
 
 def trained_paths(config: RunConfig, tree: Tree, paths: tuple[Path, ...]) -> tuple[Path, ...]:
     """Those of `paths` that the run trains: all, or the few of a method that trains no others."""
-    few = METHODS[config.train.method].paths
+    few = method_of(config.train).paths
     return few(config.train, tree) if few else paths
 
 
 def steps_of(config: RunConfig, tree: Tree, images: int) -> int:
     """How many steps a run takes, about: exactly where all steps of its method cost the same."""
     settings = config.train
-    of_a_step = METHODS[settings.method].evaluations(settings, tree) * settings.batch
+    of_a_step = method_of(settings).evaluations(settings, tree) * settings.batch
     return max(1, -int(-settings.budget * images // of_a_step))

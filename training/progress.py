@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +35,19 @@ console = Console()
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C while a run trains; the message says how far it was and what goes on with it."""
+
+
+@contextmanager
+def interruptible(message: str) -> Iterator[None]:
+    """Let Ctrl-C within say what there is then and how to go on.
+
+    Raises:
+        Interrupted: with `message`.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as exc:
+        raise Interrupted(message) from exc
 
 
 def progress_columns(what: str) -> tuple[ProgressColumn, ...]:

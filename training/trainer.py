@@ -43,7 +43,7 @@ from training.diagnosis import diagnose
 from training.distributed import ALONE, Team, gradient_buffer
 from training.evaluate import PathScore, score_paths, watched_paths
 from training.lock import alone_in
-from training.methods import METHODS, Context, trained_paths
+from training.methods import METHODS, Context, method_of, trained_paths
 from training.model import Family, build_family
 from training.objective import Step
 from training.shapes import shapes_of
@@ -128,7 +128,7 @@ def train(
         TeamError: a rank is lost, or does not see the others' files.
         TrainingDiverged: the loss is not finite.
     """
-    settings, method = config.train, METHODS[config.train.method]
+    settings, method = config.train, method_of(config.train)
     _require_divisible(settings, team)
     batches = _Batches(settings, data.train, data.augment, method.views)
     if isinstance(config.model, GptConfig):
@@ -200,7 +200,7 @@ def train(
 def _step(context: Context, x: Tensor, y: Tensor) -> Step:
     settings = context.settings
     try:
-        return METHODS[settings.method].step(context, x, y)
+        return method_of(settings).step(context, x, y)
     except ValueError as exc:
         if "more than 1 value per channel" not in str(exc):
             raise
@@ -214,7 +214,7 @@ def _require_divisible(settings: TrainConfig, team: Team) -> None:
     """Ranks take equal shares of a batch, so that it does not matter how many they are."""
     if team.size == 1:
         return
-    ways = METHODS[settings.method].divided_by
+    ways = method_of(settings).divided_by
     if not ways:
         raise ConfigError(f"method {settings.method} compares all rows of a batch: train it with one rank, not {team.size}")
     if team.tree_ranks > 1 and "tree" not in ways:

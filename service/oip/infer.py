@@ -7,12 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service.access import note_answer
-from service.call import count_answered, count_failed, learn_send, trace
+from service.access import HttpArrival
 from service.context import context_of, errors
 from service.direct import DirectRoute
 from service.encodings import accepted_coding
-from service.errors import ServiceError
 from service.media import JSON, OCTETS, reading
 from service.oip.inference import describe_answer, open_inference
 from service.oip.schemas import InferenceParameters, InferenceRequest, InferenceResponse
@@ -88,21 +86,12 @@ async def infer(request: Request) -> Response:
     ctx, served = context_of(request), served_model(request)
     manifest = served.manifest
     message, binary = read_request(await request.body(), request.headers.get(HEADER_LENGTH), manifest)
-    arrived_s: float = request.state.arrived_s
     values = partial(read_values, binary=binary)
-    inference = open_inference(ctx, served, message, values, request.scope["headers"], arrived_s)
+    inference = open_inference(ctx, served, message, values, request.scope["headers"], HttpArrival(request))
     call = inference.call
-    try:
-        answer = await while_connected(request, ctx.engine.submit(served, inference.x, call.wish, arrived_s))
-    except ServiceError as error:
-        count_failed(ctx.metrics, call)
-        trace(ctx, request, call, (), error.status)
-        raise
-    total_s = call.total_s
-    count_answered(ctx.metrics, call, total_s)
-    learn_send(call, answer)
-    trace(ctx, request, call, answer.spans, 200)
-    note_answer(request, answer, deadline_met=call.deadline_met(total_s), budget_ms=call.budget_ms)
+    with call:
+        answer = await while_connected(request, ctx.engine.submit(served, inference.x, call.wish, call.arrived_s))
+    total_s = call.answered(answer)
     header = {
         "model_name": served.name,
         "model_version": str(served.version),

@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from service.answers import Answer
-from service.call import Call, open_call
+from service.call import Arrival, Call, open_call
 from service.context import Context, milliseconds
 from service.oip.schemas import InferenceRequest, RequestInput
 from service.oip.tensors import Output, as_rows, require_input, require_outputs
@@ -38,7 +38,7 @@ def open_inference(
     message: InferenceRequest,
     read_values: ReadValues,
     headers: Iterable[tuple[bytes, bytes]],
-    arrived_s: float,
+    arrival: Arrival,
     *,
     binary: bool = False,
     climb: bool = False,
@@ -60,7 +60,7 @@ def open_inference(
     tensor = require_input(message.inputs, served.manifest, ctx.settings.max_request_rows)
     wishes = parameters.model_copy(update={"latency_budget_ms": parameters.budget_ms}) if parameters.timeout else parameters
     rows, priority = tensor.shape[0], parameters.priority
-    call = open_call(ctx, served, wishes, rows, arrived_s, climb=climb, priority=priority, at_most_ms=at_most_ms)
+    call = open_call(ctx, served, wishes, rows, arrival, climb=climb, priority=priority, at_most_ms=at_most_ms)
     return Inference(call, as_rows(read_values(tensor), tensor, served.manifest), wanted)
 
 

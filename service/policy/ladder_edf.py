@@ -44,6 +44,17 @@ _FORGETTING = 1.02  # the factor by which the tightest budget is relaxed with ev
 _WaysOn = dict[Path, tuple[list[Option], float]]  # from an answer, and from which doubt on they are worth it
 
 
+class _Pieces(dict[Segment, float]):
+    """Seconds that a row takes through segments in runs of at most `quantum_s`: each is worked out once for all rows."""
+
+    def __init__(self, offer: Offer, quantum_s: float) -> None:
+        self._offer, self._quantum_s = offer, quantum_s
+
+    def __missing__(self, segment: Segment) -> float:
+        took_s = self[segment] = self._offer.in_pieces_s(segment, self._quantum_s)
+        return took_s
+
+
 class LadderEdf:
     """See the module; the methods are those of `Policy`."""
 
@@ -82,13 +93,13 @@ class LadderEdf:
     def finished(self, batch: Batch, confidences: Sequence[float], now_s: float) -> None:
         """See `Policy`."""
         segment, quantum_s, reserve_s = batch.segment, self._quantum_s(), self._offer.careful_reserve_s
-        ways_on: _WaysOn = {}
+        ways_on, pieces_s = _WaysOn(), _Pieces(self._offer, quantum_s)
         for row, confidence in zip(batch.rows, confidences, strict=True):
             if row.gone:
                 continue
             row.at = segment.nodes if segment.embed else row.at + segment.nodes
             if row.at != row.target:
-                self._wait(row, now_s, quantum_s, reserve_s)
+                self._wait(row, now_s, pieces_s, reserve_s)
                 continue
             row.answered, row.confidence = row.target, confidence
             stopped_by = self._stops(row)
@@ -96,7 +107,7 @@ class LadderEdf:
                 stopped_by, following = self._next(row, ways_on, quantum_s, now_s + reserve_s)
                 if following is not None:
                     row.target = following
-                    self._wait(row, now_s, quantum_s, reserve_s)
+                    self._wait(row, now_s, pieces_s, reserve_s)
                     continue
             self._done.append((row, stopped_by))
 
@@ -215,15 +226,15 @@ class LadderEdf:
             return wish.asked_as
         return "complete" if row.answered == self._offer.reference else None
 
-    def _wait(self, row: Row, now_s: float, quantum_s: float, reserve_s: float) -> None:
-        """Let a row wait for what it wants next, or answer it if there is no time for that in runs of `quantum_s`."""
+    def _wait(self, row: Row, now_s: float, pieces_s: _Pieces, reserve_s: float) -> None:
+        """Let a row wait for what it wants next, or answer it if there is no time for that."""
         patient = row.wish.deadline_s is None
         until_s = row.patient_until_s
         if row.answered is None or (patient and row.wish.exit_at is not None and now_s >= until_s):
             self._first.add(row)  # if it has an answer, it has a wish and waited long enough: as urgent as the others
             return
         if not patient:
-            until_s = row.deadline_s - reserve_s - self._offer.in_pieces_s(row.rest, quantum_s)
+            until_s = row.deadline_s - reserve_s - pieces_s[row.rest]
             if until_s < now_s:
                 self._done.append((row, "budget"))
                 return

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from family.tree import Path
 from service.policy.state import Offer, segment_between
+from service.profile import Segment
 
 _RISE = 0.005
 """How far the price goes towards the gain per second of one row that was given up."""
@@ -36,6 +37,23 @@ class Option(NamedTuple):
     then_s: float
 
 
+class _Step(NamedTuple):
+    """What never changes of an option: which share of the wrong answers it puts right, what it runs, and how long that
+    typically takes, so many rows and one."""
+
+    target: Path
+    share: float
+    segment: Segment
+    rows_s: float
+    one_s: float
+
+    @staticmethod
+    def of(offer: Offer, at: Path, target: Path, rows: int) -> _Step:
+        segment = segment_between(at, target)
+        typical_s = offer.profile.typical_s
+        return _Step(target, offer.gain(at, target, 0.0), segment, typical_s(segment, rows), typical_s(segment, 1))
+
+
 class Price:
     """The price of a second of the device, in expected right answers, and what it makes worthwhile."""
 
@@ -43,9 +61,9 @@ class Price:
         self._offer = offer
         self._rows = max(1, offer.profile.max_batch // 2)  # of the batches in which deeper work is imagined
         self._steps = {
-            at: [(target, offer.gain(at, target, 0.0), segment_between(at, target)) for target in offer.climb[place + 1 :]]
+            at: [_Step.of(offer, at, target, self._rows) for target in offer.climb[place + 1 :]]
             for place, at in enumerate(offer.climb)
-        }  # which share of the wrong answers each puts right, and what it runs
+        }
         self._idle_since_s: float | None = None
         self.per_second = 0.0
 
@@ -68,15 +86,19 @@ class Price:
 
     def options(self, answered: Path, longest_s: float = math.inf) -> list[Option]:
         """The ways on from the answer of a path, at the present price, if no run may be longer than `longest_s`."""
-        in_pieces_s, latency_s, rows = self._offer.in_pieces_s, self._offer.profile.latency_s, self._rows
         assert answered in self._steps
+        rows = self._rows  # `latency_s` of the profile, by hand: this is asked for after every run
+        ratio, wait_s = self._offer.profile.pace(rows)
+        one_ratio, _ = self._offer.profile.pace(1)
         options: list[Option] = []
         then: dict[Path, tuple[float, float]] = {}
         for at in reversed(self._offer.climb):
-            options = [
-                Option(target, share, latency_s(segment, rows) / rows, in_pieces_s(segment, longest_s), *then[target])
-                for target, share, segment in self._steps[at]
-            ]
+            options = []
+            for target, share, segment, rows_s, one_s in self._steps[at]:
+                least_s = one_s * one_ratio + wait_s
+                if least_s > longest_s:
+                    least_s = self._offer.in_pieces_s(segment, longest_s)
+                options.append(Option(target, share, (rows_s * ratio + wait_s) / rows, least_s, *then[target]))
             if at == answered:
                 break
             value, following = self.best(options, COIN)

@@ -41,27 +41,32 @@ def traced(trained: Trained, exporter: InMemorySpanExporter) -> Iterator[Client]
 TENSOR = {"name": "x", "shape": [1, 28, 28], "datatype": "FP32", "data": [0.5] * 784}
 
 
-@pytest.mark.parametrize(
-    ("url", "sent"),
-    [
-        ("/v1/models/digits/predict", {"json": {"inputs": [IMAGE], "path": "4-6"}}),
-        ("/v1/models/digits/predict?path=4-6", {"content": RAW}),
-        ("/v1/models/digits/predict/stream", {"json": {"inputs": [IMAGE], "path": "4-6"}}),
-        ("/v2/models/digits/infer", {"json": {"inputs": [TENSOR], "parameters": {"path": "4-6"}}}),
-    ],
-)
-def test_every_way_to_ask_is_traced(
-    traced: Client, exporter: InMemorySpanExporter, url: str, sent: dict[str, object]
-) -> None:
+WAYS = ["predict", "raw", "stream", "infer"]
+
+
+def ask(traced: Client, way: str, headers: dict[str, str], **wishes: object) -> tuple[str, int]:
+    """The route and the status of its answer."""
+    model, sent = "/v1/models/digits", {"json": {"inputs": [IMAGE], **wishes}}
+    url = {"stream": f"{model}/predict/stream", "infer": "/v2/models/digits/infer"}.get(way, f"{model}/predict")
+    if way == "infer":
+        sent = {"json": {"inputs": [TENSOR], "parameters": wishes}}
+    if way == "raw":
+        headers = headers | {"content-type": "application/octet-stream"}
+        sent = {"content": RAW, "params": {name: str(wish).lower() for name, wish in wishes.items()}}
+    return url.replace("digits", "{model}"), traced.request("POST", url, headers=headers, **sent).status_code
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_ask_is_traced(traced: Client, exporter: InMemorySpanExporter, way: str) -> None:
     exporter.clear()
-    headers = {"traceparent": f"00-{7:032x}-{8:016x}-01"}
-    if "content" in sent:
-        headers["content-type"] = "application/octet-stream"
-    assert traced.request("POST", url, headers=headers, **sent).status_code == 200
+    headers = {"traceparent": f"00-{7:032x}-{8:016x}-01", "x-request-id": "mine"}
+    route, status = ask(traced, way, headers, path="4-6")
+    assert status == 200
     *children, whole = sorted(exporter.get_finished_spans(), key=lambda span: span.parent.span_id == 8)
-    assert whole.name == f"POST {url.partition('?')[0].replace('digits', '{model}')}"
+    assert whole.name == f"POST {route}"
     assert whole.attributes["http.response.status_code"] == 200
     assert whole.attributes["hbll.model"] == "digits"
+    assert whole.attributes["hbll.request_id"] == "mine"
     assert whole.context.trace_id == 7
     names = [child.name for child in sorted(children, key=lambda child: child.start_time)]
     assert names[0] == "queue"
@@ -73,10 +78,21 @@ def test_every_way_to_ask_is_traced(
         assert whole.start_time <= child.start_time <= child.end_time <= whole.end_time
 
 
-def test_a_request_that_was_admitted_and_failed_is_traced(traced: Client, exporter: InMemorySpanExporter) -> None:
+def failed(traced: Client) -> float:
+    """How many calls were admitted and ended in an error."""
+    line = 'hbll_failed_seconds_count{model="digits",version="1"} '
+    found = [text for text in traced.get("/metrics").text.splitlines() if text.startswith(line)]
+    return float(found[0].removeprefix(line)) if found else 0.0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_request_that_was_admitted_and_failed_is_counted_and_traced(
+    traced: Client, exporter: InMemorySpanExporter, way: str
+) -> None:
     exporter.clear()
-    body = {"inputs": [IMAGE], "latency_budget_ms": 0.001, "strict": True}
-    assert traced.predict(body).status_code == 504
+    before = failed(traced)
+    assert ask(traced, way, {}, latency_budget_ms=0.001, strict=True)[1] == 504
+    assert failed(traced) == before + 1
     (span,) = exporter.get_finished_spans()
     assert span.attributes["http.response.status_code"] == 504
     assert not span.status.is_ok
@@ -91,14 +107,14 @@ def test_calls_by_grpc_are_traced(traced: Client, exporter: InMemorySpanExporter
     with grpc.insecure_channel(traced.rpc) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
-        def ask(**options: object) -> None:
+        def call(**options: object) -> None:
             exporter.clear()
             if streamed:
                 list(stub.ModelStreamInfer(iter([message]), **options))
             else:
                 stub.ModelInfer(message, **options)
 
-        ask(metadata=metadata)
+        call(metadata=metadata)
         *children, whole = sorted(exporter.get_finished_spans(), key=lambda span: span.parent.span_id == 8)
         assert whole.name == f"inference.GRPCInferenceService/{'ModelStreamInfer' if streamed else 'ModelInfer'}"
         assert (whole.context.trace_id, whole.attributes["rpc.system"]) == (7, "grpc")
@@ -107,11 +123,13 @@ def test_calls_by_grpc_are_traced(traced: Client, exporter: InMemorySpanExporter
         assert "queue" in [child.name for child in children]
         message.parameters["latency_budget_ms"].double_param = 0.001
         message.parameters["strict"].bool_param = True
+        before = failed(traced)
         if streamed:
-            ask()
+            call()
         else:
             with pytest.raises(grpc.RpcError):
-                ask()
+                call()
+        assert failed(traced) == before + 1
         (span,) = exporter.get_finished_spans()
         assert span.attributes["rpc.grpc.status_code"] == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
         assert not span.status.is_ok

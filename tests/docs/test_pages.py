@@ -45,6 +45,14 @@ def test_every_block_of_the_page_about_export_runs(
     assert run_page(DOCS / "export.md", tmp_path, {}) > 0
 
 
+def test_the_page_about_methods_runs_and_its_method_is_short(tmp_path: Path) -> None:
+    page = DOCS / "methods.md"
+    (example,) = (block for block in read_blocks(page.read_text(encoding="utf-8")) if block.file == "sandwich.py")
+    assert len(example.text.splitlines()) < 40
+    assert run_page(page, tmp_path, {}) > 0
+    assert "| `sandwich:sandwich` | work | 1 |" in (tmp_path / "runs" / "sandwich-or-exits" / "comparison.md").read_text()
+
+
 PAGE = """# A page
 
 ```sh

@@ -20,7 +20,7 @@ from PIL import Image
 
 from hbll.client import Answer, AsyncClient, Client, DeadlineExceeded, InvalidRequest, NotServed, Rung, Unavailable
 from tests.conftest import LiveServer, wait_for
-from tests.e2e.test_streaming import HeldServer
+from tests.e2e.held import HeldServer
 from training.dataset import Dataset
 
 FAKE = np.float32([[0.1, 0], [0, 0]])
@@ -36,13 +36,6 @@ def client(server: LiveServer) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def images(digits: Dataset) -> np.ndarray:
     return digits.test.x[:6].numpy()
-
-
-@pytest.fixture
-def held() -> Iterator[HeldServer]:
-    server = HeldServer()
-    yield server
-    server.close()
 
 
 def whole(answer: Answer) -> list[tuple[str, str, float]]:

@@ -12,14 +12,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from tests.conftest import wait_for
-from tests.e2e.test_streaming import HeldServer
-
-
-@pytest.fixture
-def held() -> Iterator[HeldServer]:
-    server = HeldServer()
-    yield server
-    server.close()
+from tests.e2e.held import HeldServer
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""docs/train.md, run as it stands: a table with modules of its own and a folder of colour images, to answers of one server."""
+"""docs/train.md, run as it stands: a table, modules of one's own and a folder of colour images, to answers of one server."""
 
 from __future__ import annotations
 
@@ -55,51 +55,68 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walked]:
 
 
 def test_each_way_is_less_than_forty_lines() -> None:
-    assert set(FILES) == {"make_wine.py", "wine.py", "make_digits.py", "digits.toml"}
-    assert len(FILES["wine.py"].splitlines()) < 40
+    assert set(FILES) == {"make_wine.py", "wine.toml", "ask_wine.py", "wine_own.py", "make_digits.py", "digits.toml"}
+    assert len(FILES["wine_own.py"].splitlines()) < 40
     commands = next(block.text for block in BLOCKS if block.text.startswith("python make_digits.py"))
     assert len((FILES["digits.toml"] + commands).splitlines()) < 40
 
 
-def test_curl_gets_a_wine_by_its_name(page: Walked) -> None:
-    answer = json.loads(page.printed("models/wine/predict"))
+@pytest.mark.parametrize("name", ["wine", "wine-own"])
+def test_curl_gets_a_wine_by_its_name(page: Walked, name: str) -> None:
+    answer = json.loads(page.printed(f"models/{name}/predict"))
     (row,) = answer["predictions"]
     assert row["label"] == "cultivar 0"  # the second row of the table
-    model = httpx.get(f"{page.url}/v1/models/wine").json()
+    model = httpx.get(f"{page.url}/v1/models/{name}").json()
     assert model["features"] == [f"f{number}" for number in range(13)]
     assert model["labels"] == ["cultivar 0", "cultivar 1", "cultivar 2"]
     assert model["input_shape"] == [13]
 
 
-def test_the_table_is_answered_as_the_manifest_promises(page: Walked) -> None:
+def test_hbll_predict_finds_the_columns_of_a_table_by_name(page: Walked) -> None:
+    answers = [json.loads(line) for line in (page.folder / "answers.jsonl").read_text().splitlines()]
+    lines = (page.folder / "wine.csv").read_text().splitlines()[1:]
+    assert [answer["row"] for answer in answers] == list(range(1, len(lines) + 1))
+    right = [line.endswith(f",{answer['label']}") for line, answer in zip(lines, answers, strict=True)]
+    assert np.mean(right) > 0.9
+
+
+@pytest.mark.parametrize("name", ["wine", "wine-own"])
+def test_the_table_is_answered_as_the_manifest_promises(page: Walked, name: str) -> None:
     """Plain numbers from the file, standardised inside the graphs: all rows, every wire format."""
     lines = (page.folder / "wine.csv").read_text().splitlines()[1:]
     rows = [[float(value) for value in line.split(",")[:-1]] for line in lines]
     labels = [line.split(",")[-1] for line in lines]
     x = np.array(rows, "<f4")
-    nested = page.post("/v1/models/wine/predict", json={"inputs": rows, "depth": "best"})
+    nested = page.post(f"/v1/models/{name}/predict", json={"inputs": rows, "depth": "best"})
     got = [row["label"] for row in nested["predictions"]]
     assert np.mean([a == b for a, b in zip(got, labels, strict=True)]) > 0.9
     tensors = [{"tensor": base64.b64encode(row.tobytes()).decode(), "datatype": "FP32", "shape": [13]} for row in x]
-    by_tensor = page.post("/v1/models/wine/predict", json={"inputs": tensors, "depth": "best"})
+    by_tensor = page.post(f"/v1/models/{name}/predict", json={"inputs": tensors, "depth": "best"})
     octets = {"content-type": "application/octet-stream"}
-    raw = page.post("/v1/models/wine/predict?depth=best", content=x.tobytes(), headers=octets)
+    raw = page.post(f"/v1/models/{name}/predict?depth=best", content=x.tobytes(), headers=octets)
     tensor = {"name": "x", "shape": list(x.shape), "datatype": "FP32", "data": x.ravel().tolist()}
-    oip = page.post("/v2/models/wine/infer", json={"inputs": [tensor], "outputs": [{"name": "label"}]})
+    oip = page.post(f"/v2/models/{name}/infer", json={"inputs": [tensor], "outputs": [{"name": "label"}]})
     assert [row["label"] for row in by_tensor["predictions"]] == [row["label"] for row in raw["predictions"]] == got
     assert oip["outputs"][0]["data"] == got
+
+
+def test_python_gets_a_class_for_every_row_of_the_table(page: Walked) -> None:
+    labels = [line.split(",")[-1] for line in (page.folder / "wine.csv").read_text().splitlines()[1:]]
+    got = [line.rpartition(" ")[0] for line in page.printed("python ask_wine.py").split("\n") if line]
+    assert np.mean([a == b for a, b in zip(got, labels, strict=True)]) > 0.9
 
 
 def test_curl_and_hbll_predict_get_a_digit_by_its_folders_name(page: Walked) -> None:
     answer = json.loads(page.printed("models/colours/predict"))
     assert answer["predictions"][0]["label"].startswith("digit-")
-    answers = re.findall(r"digit-\d", page.printed("hbll predict"))
+    answers = re.findall(r"digit-\d", page.printed("hbll predict digits"))
     assert len(answers) == len(list((page.folder / "digits" / "digit-7").iterdir()))
     assert answers.count("digit-7") > 0.6 * len(answers)
 
 
 def test_evaluate_writes_what_the_page_says(page: Walked) -> None:
-    assert "Climbing until 90 % confident" in page.printed("hbll evaluate")
+    assert "Climbing until 90 % confident" in page.printed("hbll evaluate runs/colours")
+    assert "Climbing until" in page.printed("hbll evaluate runs/wine")
     metrics = json.loads((page.folder / "runs" / "colours" / "metrics.json").read_text())
     assert metrics.keys() == {"2", "1-2", "2-3", "1-2-3"}
     assert metrics["1-2-3"]["flops"] > metrics["2"]["flops"] > 0

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.gate import Gate, Pace
+from service.gate import Gate, Line, Pace
 
 Kind = Literal["in time", "late", "gone"]
 
@@ -174,16 +174,72 @@ def test_a_stall_does_not_shut_the_gate_for_those_who_ask_again_at_once(monkeypa
     assert max(refused) <= 1060.0  # a budget after the latest answer of before
 
 
+def test_who_is_sure_to_be_in_time_begins_before_who_is_not() -> None:
+    pace = Pace()
+    for took_s in [1.0] * 90 + [3.0] * 10:
+        pace.answered(10.0, took_s, 8.0)
+    line = Line[float](pace, lambda came_s: (came_s, 10.0))
+    for came_s in (0.0, 2.0, 2.5, 4.0, 5.0):
+        line.append(came_s)
+    now_s = 10.5  # the first is late, the second has 1.5 seconds left
+    assert [line.next(now_s) for _ in range(5)] == [
+        (0.0, True),
+        (4.0, False),
+        (5.0, False),
+        (2.0, False),
+        (2.5, False),
+    ]
+    assert not line
+
+
+def test_who_has_become_late_hears_of_it_before_anybody_begins() -> None:
+    """However many are sure: the others are not to wait for longer than makes sense."""
+    pace = Pace()
+    for took_s in [1.0] * 90 + [3.0] * 10:
+        pace.answered(10.0, took_s, 8.0)
+    line = Line[float](pace, lambda came_s: (came_s, 10.0))
+    for came_s in (0.0, 2.0, 2.0):
+        line.append(came_s)
+    assert line.next(8.0) == (2.0, False)
+    assert line.next(9.5) == (0.0, True)
+    assert line.next(9.5) == (2.0, False)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.none() | st.floats(0.1, 10))),
+    st.lists(st.floats(0, 3), max_size=70),
+    st.integers(1, 5),
+)
+def test_everybody_waits_no_more_once(
+    requests: list[tuple[float, float | None]], took_s: list[float], at_a_time: int
+) -> None:
+    pace = Pace()
+    for each_s in took_s:
+        pace.answered(0.1, each_s, 10.0)
+    line = Line[int](pace, requests.__getitem__)
+    for place in range(len(requests)):
+        line.append(place)
+    now_s, done = 10.0, []
+    while line:
+        for _ in range(min(at_a_time, len(line))):
+            place, late = line.next(now_s)
+            arrived_s, budget_s = requests[place]
+            assert late == (pace.outlook(arrived_s, budget_s, now_s) == "late")
+            done.append(place)
+        now_s += 0.1
+    assert sorted(done) == list(range(len(requests)))
+
+
 def test_the_pace_is_that_of_the_latest_answers() -> None:
     pace = Pace()
-    assert pace.takes_s(60.0, 0.0) == 0  # until something is known
+    assert pace.takes_s(60.0, 0.0) == (0, 0)  # until something is known
     for _ in range(64):
         pace.answered(60.0, 5.0, 0.0)
-    assert pace.takes_s(60.0, 0.0) == 5
+    assert pace.takes_s(60.0, 0.0) == (5, 5)
     for took_s in range(64):
         pace.answered(60.0, took_s / 64, 10.0)
-    assert pace.takes_s(60.0, 70.0) == 47 / 64
-    assert pace.takes_s(60.0, 70.1) == 0  # nothing is known any more
+    assert pace.takes_s(60.0, 70.0) == (47 / 64, 61 / 64)
+    assert pace.takes_s(60.0, 70.1) == (0, 0)  # nothing is known any more
 
 
 def test_who_may_wait_for_long_says_nothing_about_who_may_not() -> None:
@@ -191,12 +247,12 @@ def test_who_may_wait_for_long_says_nothing_about_who_may_not() -> None:
     for _ in range(10):
         pace.answered(0.05, 0.01, 0.0)
         pace.answered(50.0, 20.0, 0.0)
-    assert pace.takes_s(0.05, 0.0) == 0.01
-    assert pace.takes_s(0.01, 0.0) == 0
-    assert pace.takes_s(60.0, 0.0) == 20
+    assert pace.takes_s(0.05, 0.0) == (0.01, 0.01)
+    assert pace.takes_s(0.01, 0.0) == (0, 0)
+    assert pace.takes_s(60.0, 0.0) == (20, 20)
 
 
 def test_nobody_is_refused_who_waited_for_less_than_a_quarter_of_the_budget() -> None:
     pace = Pace()
     pace.answered(1.0, 0.9, 0.0)
-    assert pace.takes_s(1.0, 0.0) == 0.75
+    assert pace.takes_s(1.0, 0.0) == (0.75, 0.9)

@@ -10,12 +10,13 @@ from click.testing import CliRunner, Result
 
 from hbll.cli import main
 from tests.training.test_trainer import Killed
+from training.assessment import METRICS_FILE
 from training.checkpoint import CHECKPOINT_FILE
 from training.compare import Job, choose_rates, plan, plan_tuning, run
 from training.config import ConfigError, MethodName, MlpConfig, RunConfig, TrainConfig
 from training.dataset import Dataset
 from training.report import Matched, Record, differences, markdown, summarise
-from training.trainer import Report
+from training.trainer import LOG_FILE, Report
 
 TINY = RunConfig(
     model=MlpConfig(hierarchy_depth=2, width=8), train=TrainConfig(budget=6, batch=100, evaluations=2, warmup_steps=0)
@@ -176,6 +177,43 @@ def test_rates_are_tuned_before_they_are_compared_and_the_report_tells_both(tmp_
     assert "| `chains` | steps |" in text.split("## Families less separate networks")[1]
 
 
+def test_ranges_of_seeds_are_all_their_numbers(tmp_path: Path) -> None:
+    listed = _compare(
+        tmp_path, "--methods", "exits", "--seeds", "3, 5-7,6", "--tuning-seeds", "100-101", "--rates", "1e-3", "--dry-run"
+    )
+    rows = [line.split() for line in listed.output.splitlines() if line.startswith("exits")]
+    assert [int(row[2]) for row in rows] == [100, 101, 3, 3, 5, 5, 6, 6, 7, 7]
+
+
+def test_a_dry_run_lists_every_run_with_its_budget_and_writes_nothing(tmp_path: Path) -> None:
+    listed = _compare(tmp_path / "out", "--methods", "exits,bp", "--seeds", "0", "--rates", "1e-3,1e-2", "--dry-run")
+    assert listed.exit_code == 0, listed.output
+    header, *rows, total, _ = [line.split(maxsplit=6) for line in listed.output.splitlines()]
+    assert header == ["method", "matched", "seed", "rate", "evaluations", "epochs", "state"]
+    assert ["exits", "tuning", "100", "0.001", "6.0", "3.0", "to train"] in rows
+    assert ["bp2", "steps", "0", "tuned", "6.0", "3.0", "after tuning"] in rows
+    assert len(rows) == 2 * (1 + 3) + 2 + 3 + 3
+    assert " ".join(total).startswith("16 runs, 0 finished, 16 left: 0.")
+    assert max(map(len, listed.output.splitlines())) <= 80
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_which_runs_are_there_and_how_far_others_are(tmp_path: Path, digits: Dataset) -> None:
+    arguments = ["--methods", "exits", "--seeds", "0", "--rates", "1e-3,1e-2"]
+    assert _compare(tmp_path, *arguments).exit_code == 0
+    (tmp_path / "runs" / "exits-epochs-seed0" / METRICS_FILE).unlink()
+    log = tmp_path / "runs" / "exits-epochs-seed0" / LOG_FILE
+    log.write_text(log.read_text().replace("1.0000", "0.5000", 1))
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    listed = _compare(tmp_path, *arguments, "--dry-run").output
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == written
+    states = [line.split(maxsplit=6) for line in listed.splitlines() if line.startswith("exits")]
+    assert [row[6] for row in states] == ["finished"] * 3 + ["50% done"]
+    assert states[2][3] == "0.01", "the rate that tuning chose"
+    left = 0.5 * 2 * len(digits.train) / 1e6
+    assert f"4 runs, 3 finished, 1 left: {left:.1f} million block evaluations" in listed
+
+
 def test_a_folder_that_is_taken_is_told_before_anything_trains(tmp_path: Path) -> None:
     """Bug found: other --methods in the same --out trained for their time, and failed at the networks matched by steps."""
     assert _compare(tmp_path, "--methods", "exits,bp", "--seeds", "0").exit_code == 0
@@ -204,8 +242,10 @@ def test_a_comparison_in_which_all_diverge_says_so(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--methods", "chains,magic"], "there is no method magic; there are hbll+chains, hbll,"),
-        (["--seeds", "one"], "expected numbers with commas between them, got 'one'"),
-        (["--seeds", "-1"], "train.seed"),
+        (["--seeds", "one"], "or ranges of them, with commas between them, like 0,1,2 or 0-9,20; got 'one'"),
+        (["--seeds", "0,-1"], "expected whole numbers from 0 on, or ranges of them, with commas between them"),
+        (["--seeds", "4294967296"], "train.seed"),
+        (["--tuning-seeds", "104-100"], "like 0,1,2 or 0-9,20; got '104-100'"),
         (["--rates", "1e-3,fast"], "expected learning rates with commas between them, got '1e-3,fast'"),
         (["--rates", "0"], "train.lr"),
         (["--set", "train.patience=2"], "train.patience lets each run stop when it likes"),

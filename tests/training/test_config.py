@@ -42,6 +42,7 @@ def test_the_shipped_digits_are_the_defaults() -> None:
         ("[train]\nlr = -1", r"train.lr: Input should be greater than 0"),
         ("[model]\nkind = 'cnn'", r"model: Input tag 'cnn'"),
         ("[model]\nkind = 'vit'\nheads = 5", r"heads must divide width, got width 48 and heads 5"),
+        ("[train]\nmethod = 'magic'", r"train.method: .*expected one of hbll\+chains, .*, or module:name .* got 'magic'"),
         ("[train]\nmethod = 'bp'", r"method bp needs `blocks`"),
         ("[train]\nblocks = 3", r"`blocks` goes with methods bp and cffm, which train one network, not with hbll\+chains"),
         ("[train]\nmethod = 'cffm'\nblocks = 8", r"train.blocks must be in 1..7"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from hbll.cli import main
 from training.checkpoint import load_family, load_run_config
 from training.config import ConfigError, CustomConfig, MethodName, ResMlpConfig, RunConfig, TrainConfig, parse_config
-from training.custom import import_factory, load_trained, train_family
+from training.custom import import_factory, import_method, load_trained, train_family
 from training.dataset import Dataset, DataSpec
 from training.digits import DIGITS
 from training.methods import METHODS, Context
@@ -327,3 +328,52 @@ def test_a_configured_model_fits_itself_to_the_data() -> None:
         build_family(RunConfig().model, 0, DIGITS.model_copy(update={"input_shape": (30, 30)}))
     with pytest.raises(ConfigError, match=r"takes square images of 1 or 3 channels, got rows of \[13\]"):
         build_family(RunConfig().model, 0, DIGITS.model_copy(update={"input_shape": (13,)}))
+
+
+MINE = """from training.methods import METHODS
+
+mine = METHODS["exits"]
+wrong = print
+"""
+
+
+def test_a_method_of_ones_own_is_imported_only_for_who_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "method_of_a_test.py").write_text(MINE)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    name = "method_of_a_test:mine"
+    tiny = ["--set", "model.kind=mlp", "--budget", "1", "--set", "train.evaluations=1"]
+    refused = CliRunner().invoke(main, ["train", "--out", "run", "--set", f"train.method={name}", *tiny])
+    assert f"name it: --method {name}" in " ".join(refused.output.split())
+    assert "method_of_a_test" not in sys.modules
+    try:
+        done = CliRunner().invoke(main, ["train", "--out", "run", "--method", name, *tiny])
+        assert done.exit_code == 0, done.output
+        assert load_run_config(tmp_path / "run").train.method == name
+        METHODS.pop(name)
+        for command in (["evaluate", "run"], ["export", "run", "bundle"], ["train", "--resume", "--out", "run"]):
+            refused = CliRunner().invoke(main, command)
+            assert refused.exit_code == 1
+            assert f"name it: --method {name}" in " ".join(refused.output.split()), command
+        done = CliRunner().invoke(main, ["evaluate", "run", "--method", name])
+        assert done.exit_code == 0, done.output
+    finally:
+        METHODS.pop(name, None)
+    with pytest.raises(ConfigError, match=r"method_of_a_test:wrong must be a training.methods.Method, got builtin"):
+        import_method("method_of_a_test:wrong")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("magic", "there is no method magic; there are hbll+chains, "),
+        ("no_such_module_here:mine", "cannot import no_such_module_here:mine: No module named"),
+        ("training.custom:nothing", "cannot import training.custom:nothing"),
+        (":mine", "expected a method MODULE:NAME like my_methods:mine, got ':mine'"),
+    ],
+)
+def test_a_method_that_is_not_there_is_named(name: str, message: str) -> None:
+    for command in (["train", "--method", name], ["compare", "--methods", f"exits,{name}"]):
+        refused = CliRunner().invoke(main, [*command, "--dry-run"])
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.output.split())

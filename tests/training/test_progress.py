@@ -84,7 +84,7 @@ def _interrupted_after(wanted: str, folder: Path) -> Iterator[None]:
         (["train"], r"stopped at step \d+ \(\d+%\): continue from the last checkpoint with the same command plus --resume"),
         (
             ["compare", "--methods", "hbll", "--seeds", "0"],
-            r"stopped in run 1 of 2, hbll-work-seed0, at step \d+ \(\d+%\): the same command goes on from the last",
+            r"stopped with 0 of 2 runs ended, in hbll-work-seed0 at step \d+ \(\d+%\): the same command goes on from the last",
         ),
     ],
 )
@@ -96,3 +96,43 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, command: list[str], message: s
     assert result.exit_code == 130, result.output
     assert re.search(message, result.output)
     assert "Aborted" not in result.output
+
+
+SETTINGS = ["--set", "model.kind=mlp", "--set", "model.width=8", "--set", "train.budget=2", "--set", "train.evaluations=1"]
+
+
+def _interrupt(*_args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_data_are_loaded_says_that_nothing_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was click's `Aborted!`."""
+    monkeypatch.setattr("training.cli.load_data", _interrupt)
+    result = CliRunner().invoke(main, ["train", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 130
+    assert result.output == (
+        f"stopped before the first step: {tmp_path / 'run'} is as it was, and the same command begins again\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_in_the_report_says_what_there_is_and_resuming_reports(tmp_path: Path) -> None:
+    command = ["train", "--out", str(tmp_path), *SETTINGS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.assessment_report.assess", _interrupt)
+        result = CliRunner().invoke(main, command)
+    assert result.exit_code == 130
+    assert f"stopped in the report: the run in {tmp_path} has ended" in result.output
+    assert "Aborted" not in result.output
+    log = (tmp_path / "log.csv").read_bytes()
+    assert CliRunner().invoke(main, [*command, "--resume"]).exit_code == 0
+    assert (tmp_path / "metrics.json").exists()
+    assert (tmp_path / "log.csv").read_bytes() == log  # not trained again
+
+
+def test_a_report_that_cannot_be_written_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "classes.csv").mkdir()
+    result = CliRunner().invoke(main, ["train", "--out", str(tmp_path), *SETTINGS])
+    assert result.exit_code == 1
+    assert re.search(r"cannot write .*classes\.csv.*: Is a directory", result.output)
+    assert "continue with --resume" in result.output

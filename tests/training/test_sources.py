@@ -270,8 +270,10 @@ def test_an_image_folder_becomes_rows_of_its_classes(pets: Path, channels: int) 
         (lambda pets: (pets / "cats" / "1.png").write_bytes((pets / "cats" / "1.png").read_bytes()[:-30]), r"1.png is damaged"),
         (lambda pets: Image.new("L", (400, 400)).save(pets / "dogs" / "3.png"), r"3.png: expected at most 10000 pixels, got 400"),
         (lambda pets: (pets / "empty").mkdir(), r"no .png, .* file in empty"),
+        (lambda pets: Image.new("L", (8, 8)).save(pets / "cats" / "1.png", "TIFF"), r"cats/1.png is no PNG"),
+        (lambda pets: Image.new("RGB", (8, 8)).save(pets / "cats" / "1.png", "AVIF"), r"cats/1.png is no PNG"),
     ],
-    ids=["no-image", "truncated", "large", "empty"],
+    ids=["no-image", "truncated", "large", "empty", "tiff", "avif"],
 )  # fmt: skip
 def test_an_image_that_cannot_be_read_is_named(pets: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(pets)

@@ -63,8 +63,8 @@ def request_of_stream(bytes_in: int) -> Iterator[None]:
 
 
 class Access(grpc.aio.ServerInterceptor):
-    """Around all others. With `log` each call is logged when it has ended, refused ones included, save those whose message
-    the library refuses to read."""
+    """Around all others. With `log` each call is logged when it has ended, refused ones included; where the library refuses
+    to read a message, as one whose client left."""
 
     def __init__(self, *, log: bool) -> None:
         self._log = log
@@ -89,15 +89,14 @@ class Access(grpc.aio.ServerInterceptor):
 
 
 def _watched(handler: Handler, state: dict[str, Any]) -> Handler:
-    """`handler`, which is of one of the two kinds there are here."""
-    behaviour: Any = handler.stream_stream if handler.request_streaming else handler.unary_unary
+    """`handler`, which is of one of the two kinds there are here: `Service` reads the messages."""
+    behaviour: Any = handler.stream_stream if handler.response_streaming else handler.stream_unary
     trailing = ((HEADER.lower(), state["request_id"]),)  # of calls that end well: `status.abort` sets its own
 
-    async def unary(message: bytes, call: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    async def unary(messages: object, call: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         call.set_trailing_metadata(trailing)
         with _logged(state):
-            note(bytes_in=len(message))
-            response: bytes = await behaviour(message, call)
+            response: bytes = await behaviour(messages, call)
             count_sent(len(response))
             return response
 
@@ -106,9 +105,9 @@ def _watched(handler: Handler, state: dict[str, Any]) -> Handler:
         with _logged(state):
             await behaviour(messages, call)
 
-    if handler.request_streaming:
+    if handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(stream)
-    return grpc.unary_unary_rpc_method_handler(unary)
+    return grpc.stream_unary_rpc_method_handler(unary)
 
 
 @contextmanager

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import grpc
 
 from service.answers import Answer, RowAnswer
-from service.call import Call, count_answered, count_failed, learn_send, trace_rpc
 from service.context import Context, milliseconds
 from service.errors import BadRequest, ClientGone, InvalidInput, ServiceError
 from service.oip.inference import Inference, describe_answer, open_inference
@@ -21,14 +20,15 @@ from service.oip.rpc.messages import parameters_of, read_request, values_of, wri
 from service.oip.rpc.status import status_of
 from service.oip.rpc.stubs import open_inference_pb2 as pb
 from service.oip.wire import read_parameters
-from service.tracing import Timed
 from service.wishes import with_headers
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """What is known of a request beside its message: the RPC's `method`, when it came on the monotonic clock, how long its
-    client waits, and the call's metadata."""
+    client waits, and the call's metadata. The `Arrival` of a `service.call.Call` that came by gRPC."""
+
+    leaving: ClassVar[tuple[type[BaseException], ...]] = (asyncio.CancelledError, GeneratorExit)  # or it waits no more
 
     method: str
     arrived_s: float
@@ -56,10 +56,22 @@ class Arrival:
         budgets_s = (budget_ms and budget_ms / 1000, self.patience_s)
         return min((budget_s for budget_s in budgets_s if budget_s is not None), default=None)
 
-    @property
-    def traceparent(self) -> str | None:
-        """The metadata of that name."""
-        return next((value.decode("latin-1") for name, value in self.metadata if name == b"traceparent"), None)
+    def note(self, answer: Answer, deadline_met: bool | None, budget_ms: float | None) -> None:
+        """See `service.call.Arrival`."""
+        note(answer=answer, deadline_met=deadline_met, budget_ms=budget_ms)
+
+    def span(self, error: ServiceError | None) -> tuple[str, dict[str, str | int], str | None]:
+        """See `service.call.Arrival`."""
+        service, _, name = self.method.partition("/")
+        status = grpc.StatusCode.OK if error is None else status_of(error)
+        attributes: dict[str, str | int] = {
+            "rpc.system": "grpc",
+            "rpc.service": service,
+            "rpc.method": name,
+            "rpc.grpc.status_code": status.value[0],
+        }
+        traceparent = next((value.decode("latin-1") for name, value in self.metadata if name == b"traceparent"), None)
+        return self.method, attributes, traceparent
 
 
 async def answer(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival) -> pb.ModelInferResponse:
@@ -72,10 +84,9 @@ async def answer(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival) 
         begun_s = time.monotonic()
         inference = _open(ctx, request, arrival)
         call = inference.call
-        with _failures_counted(ctx, call, arrival):
+        with call:
             found = await ctx.engine.submit(call.served, inference.x, call.wish, call.arrived_s, on_loop=False)
-        parameters = _count(ctx, call, arrival, found)
-        learn_send(call, found)
+        parameters = describe_answer(call, found, call.answered(found))
         response = write_response(inference, request.id, parameters, found.rows)
         if call.budget_ms is not None:
             now_s, deeper_s = time.monotonic(), found.decided_s - found.answered_s
@@ -106,13 +117,14 @@ async def answer_rungs(
     running = asyncio.ensure_future(work)
     running.add_done_callback(lambda _: rungs.put_nowait(None))
     try:
-        with _failures_counted(ctx, call, arrival):
+        with call:
             while (rung := await rungs.get()) is not None:
                 if rung.stopped_by is None:
                     parameters = {"depth": len(rung.path), "total_ms": milliseconds(call.total_s)}
                     yield write_response(inference, request.id, parameters, [rung])
             found = await running
-        yield write_response(inference, request.id, _count(ctx, call, arrival, found), found.rows)
+        parameters = describe_answer(call, found, call.answered(found, streamed=True))
+        yield write_response(inference, request.id, parameters, found.rows)
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -140,7 +152,7 @@ def _open(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival, *, clim
         read_request(request),
         values_of(request),
         arrival.metadata,
-        arrival.arrived_s,
+        arrival,
         binary=bool(request.raw_input_contents),  # an answer is of its request's kind
         climb=climb,
         at_most_ms=None if arrival.patience_s is None else 1000 * arrival.patience_s,
@@ -148,32 +160,3 @@ def _open(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival, *, clim
     if len({binary for _, binary in inference.wanted}) > 1:  # a response cannot tell them apart
         raise BadRequest("outputs: expected binary_data to be the same for all of them, got both")
     return inference
-
-
-def _count(ctx: Context, call: Call, arrival: Arrival, found: Answer) -> dict[str, Any]:
-    """Count, trace and note a call that ends well, and describe it."""
-    total_s = call.total_s
-    note(answer=found, deadline_met=call.deadline_met(total_s))
-    count_answered(ctx.metrics, call, total_s)
-    _trace(ctx, call, arrival, found.spans, grpc.StatusCode.OK)
-    return describe_answer(call, found, total_s)
-
-
-@contextmanager
-def _failures_counted(ctx: Context, call: Call, arrival: Arrival) -> Iterator[None]:
-    """Count and trace whatever else a call ends by. Calls are cancelled when their client has gone or waits no more."""
-    try:
-        yield
-    except ServiceError as error:
-        count_failed(ctx.metrics, call)
-        _trace(ctx, call, arrival, (), status_of(error))
-        raise
-    except (asyncio.CancelledError, GeneratorExit):
-        count_failed(ctx.metrics, call)
-        ctx.metrics.refusals.labels(ClientGone.code).inc()
-        _trace(ctx, call, arrival, (), grpc.StatusCode.CANCELLED)
-        raise
-
-
-def _trace(ctx: Context, call: Call, arrival: Arrival, spans: Sequence[Timed], status: grpc.StatusCode) -> None:
-    trace_rpc(ctx, arrival.method, arrival.traceparent, call, spans, status.value[0])

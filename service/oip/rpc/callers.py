@@ -58,8 +58,7 @@ def token_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
 
 
 def _refusing(error: ServiceError) -> Handler:
-    """A handler that ends any call by an error. The library calls one of streams at once, and one for a single message only
-    when that has come, until when whoever has no key could hold all the calls that there may be."""
+    """A handler that ends any call by an error, at once: the library waits for no message where there may be several."""
 
     async def refuse(_: object, call: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         await abort(call, error)

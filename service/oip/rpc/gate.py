@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from service.gate import AT_ONCE, Pace, late
+from service.gate import AT_ONCE, Line, Pace, late
 
 _AT_A_TIME = 16
 """How many begin together, once nobody new comes."""
@@ -41,14 +40,23 @@ class _Waiting:
     budget_s: Callable[[], float | None]
     begins: asyncio.Future[bool]  # false: it would be late
 
+    def asks(self) -> tuple[float, float | None]:
+        """When it came, and its budget. It ends if that cannot be read; the others go on."""
+        if not self.begins.done():
+            try:
+                return self.arrived_s, self.budget_s()
+            except Exception as exc:  # noqa: BLE001 - the call's own
+                self.begins.set_exception(exc)
+        return self.arrived_s, None
+
 
 class CallGate:
-    """Lets calls begin in the order in which they came. Used on one event loop."""
+    """Lets calls begin, some at a time. Used on one event loop."""
 
     def __init__(self) -> None:
         self.pace = Pace()
         """To be told of answers."""
-        self._waiting: deque[_Waiting] = deque()
+        self._line = Line[_Waiting](self.pace, _Waiting.asks)
         self._here = 0  # begun or waiting
         self._watches = False  # turns of the loop, for somebody new
         self._quiet_turns = 0
@@ -57,7 +65,7 @@ class CallGate:
 
     def waiting(self) -> int:
         """How many wait; the first few, and those that come when there are few, never do."""
-        return len(self._waiting)
+        return len(self._line)
 
     def came_s(self, now_s: float) -> float:
         """When a call that is taken now is thought to have come."""
@@ -82,7 +90,7 @@ class CallGate:
         if self._here <= AT_ONCE:
             return
         call = _Waiting(arrived_s, budget_s, loop.create_future())
-        self._waiting.append(call)
+        self._line.append(call)
         begins = False
         try:
             begins = await call.begins
@@ -100,7 +108,7 @@ class CallGate:
         """Of the loop, of all until so many have brought nobody new and nobody waits."""
         self._quiet_turns += 1
         quiet = self._quiet_turns >= _QUIET_TURNS
-        if quiet and not self._waiting:
+        if quiet and not self._line:
             self._watches = False
             return
         asyncio.get_running_loop().call_soon(self._next_turn)
@@ -113,15 +121,10 @@ class CallGate:
 
     def _begin_some(self, now_s: float) -> None:
         begun = judged = 0
-        while self._waiting and begun < _AT_A_TIME and judged < _JUDGED_AT_A_TIME:
-            call = self._waiting.popleft()
+        while self._line and begun < _AT_A_TIME and judged < _JUDGED_AT_A_TIME:
+            call, would_be_late = self._line.next(now_s)
             if call.begins.done():  # its client has gone
                 continue
             judged += 1
-            try:
-                begins = self.pace.in_time(call.arrived_s, call.budget_s(), now_s)
-            except Exception as exc:  # noqa: BLE001 - the call's own; the others go on
-                call.begins.set_exception(exc)
-                continue
-            call.begins.set_result(begins)
-            begun += begins
+            call.begins.set_result(not would_be_late)
+            begun += not would_be_late

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,13 +14,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from service.answers import RowAnswer
-from service.errors import BadRequest, MalformedInput
+from service.errors import BadRequest, MalformedInput, RequestTimeout
 from service.oip.inference import Inference
 from service.oip.rpc.stubs import open_inference_pb2 as pb
 from service.oip.schemas import MOST_PARAMETERS, MOST_TENSORS, InferenceRequest, RequestInput, RequestOutput
 from service.oip.tensors import NUMBERS, describe_output, raw_values, require_datatype
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 _CONTENTS = {
     "BYTES": "bytes_contents",
@@ -35,6 +37,19 @@ _CONTENTS = {
     "UINT64": "uint64_contents",
 }
 """The field of `contents` that has a datatype's values. FP16 has none."""
+
+
+async def in_time(reading: Awaitable[T], timeout_s: float | None) -> T:
+    """What a call's client sends.
+
+    Raises:
+        RequestTimeout: it did not within `timeout_s`.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await reading
+    except TimeoutError:
+        raise RequestTimeout(f"expected a whole message within {timeout_s:g} s, got none") from None
 
 
 def parse(kind: type[M], message: bytes) -> M:

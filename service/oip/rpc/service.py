@@ -12,11 +12,11 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from service.context import Context
-from service.errors import BadRequest, NotSupported, ServiceError, UnknownService
+from service.errors import BadRequest, ClientGone, NotSupported, ServiceError, UnknownService
 from service.oip import routes
-from service.oip.rpc.access import note_model
+from service.oip.rpc.access import note, note_model
 from service.oip.rpc.answering import Arrival, answer
-from service.oip.rpc.messages import parse, told
+from service.oip.rpc.messages import in_time, parse, told
 from service.oip.rpc.names import HEALTH, INFERENCE
 from service.oip.rpc.status import abort
 from service.oip.rpc.streams import serve_stream
@@ -52,7 +52,7 @@ class Service:
             "RepositoryIndex": self._unary(pb.RepositoryIndexRequest, self._index),
             "RepositoryModelLoad": self._unary(pb.RepositoryModelLoadRequest, self._load),
             "RepositoryModelUnload": self._unary(pb.RepositoryModelUnloadRequest, self._unload),
-            "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
+            "ModelInfer": grpc.stream_unary_rpc_method_handler(self._infer),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._stream),
         }
         health = {"Check": self._unary(health_pb2.HealthCheckRequest, self._check)}
@@ -86,25 +86,34 @@ class Service:
     def _unary(
         self, kind: type[Request], behaviour: Callable[[Request], Awaitable[Message]]
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
-        async def work(message: bytes) -> Message:
-            request = parse(kind, message)
+        async def work(call: Call) -> Message:
+            request = parse(kind, await self._message(call))
             note_model(request)
             return await behaviour(request)
 
-        async def handle(message: bytes, call: Call) -> bytes:
-            return await self._guarded(call, work(message))
+        async def handle(_: object, call: Call) -> bytes:
+            return await self._guarded(call, work(call))
 
-        return grpc.unary_unary_rpc_method_handler(handle)
+        return grpc.stream_unary_rpc_method_handler(handle)
 
-    async def _infer(self, message: bytes, call: Call) -> bytes:
-        arrival = Arrival.now(self._ctx, f"{INFERENCE}/ModelInfer", call)
-
+    async def _infer(self, _: object, call: Call) -> bytes:
         async def work() -> Message:
+            message = await self._message(call)
+            arrival = Arrival.now(self._ctx, f"{INFERENCE}/ModelInfer", call)
             request = parse(pb.ModelInferRequest, message)
             note_model(request)
             return await answer(self._ctx, request, arrival)
 
         return await self._guarded(call, work())
+
+    async def _message(self, call: Call) -> bytes:
+        """The message of a call that has one. To the library these are calls with streams of messages: for a single one it
+        would wait as long as the client likes."""
+        message = await in_time(call.read(), self._ctx.settings.body_timeout_s)
+        if not isinstance(message, bytes):
+            raise ClientGone("the client ended the call before its message was whole")
+        note(bytes_in=len(message))
+        return message
 
     async def _stream(self, _: object, call: Call) -> None:
         await self._guarded(call, serve_stream(self._ctx, f"{INFERENCE}/ModelStreamInfer", call, self._draining))

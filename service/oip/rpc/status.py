@@ -21,6 +21,7 @@ _STATUSES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     422: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -49,7 +50,8 @@ async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: ServiceE
         details = json.dumps(error.details)  # in ASCII, which metadata are
         if len(details) <= _LONGEST_DETAILS:
             metadata.append(("details", details))
-    metadata += [(name.lower(), value) for name, value in error.headers.items()]
+    # HTTP/2 forbids headers about connections.
+    metadata += [(name.lower(), value) for name, value in error.headers.items() if name != "Connection"]
     if (own := request_id.get()) is not None:  # metadata that were set before are not sent
         metadata.append((HEADER.lower(), own))
     try:

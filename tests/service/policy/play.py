@@ -97,33 +97,33 @@ class Device:
     rows: list[Played] = field(default_factory=list)
     batches: list[Batch] = field(default_factory=list)
     log: list[object] = field(default_factory=list)
-    _events: list[tuple[float, int, Come | Played]] = field(default_factory=list)
+    events: list[tuple[float, int, Come | Played]] = field(default_factory=list)
 
     def play(self, trace: Iterable[Come]) -> Device:
         """Until nothing waits any more."""
-        self._events = sorted((come.at_s, place, come) for place, come in enumerate(trace))
+        self.events = sorted((come.at_s, place, come) for place, come in enumerate(trace))
         for _ in range(10_000):
-            self._happens(self.now_s)
+            self.happens(self.now_s)
             decision = self.policy.decide(self.now_s)
-            self._note(decision)
+            self.note(decision)
             waiting = self.policy.waiting()
             assert waiting == sum(row.place is not None for row in self.rows)
             assert waiting == sum(not row.fate for row in self.rows) - _size(decision.batch)
             if decision.batch is not None:
-                self._run(decision.batch)
+                self.run(decision.batch)
                 continue
             wake_s = self.policy.wake_s()
             assert wake_s > self.now_s, "asked to be woken at once, which goes on for ever"
-            next_s = min(wake_s, self._events[0][0] if self._events else math.inf)
+            next_s = min(wake_s, self.events[0][0] if self.events else math.inf)
             if next_s == math.inf:
                 assert waiting == 0
                 return self
             self.now_s = next_s
         raise AssertionError("the policy comes to no end")
 
-    def _happens(self, until_s: float) -> None:
-        while self._events and self._events[0][0] <= until_s:
-            at_s, _, what = self._events.pop(0)
+    def happens(self, until_s: float) -> None:
+        while self.events and self.events[0][0] <= until_s:
+            at_s, _, what = self.events.pop(0)
             if isinstance(what, Played):
                 if not what.fate:
                     self.policy.leave(what)
@@ -133,10 +133,10 @@ class Device:
             self.rows.append(row)
             self.policy.arrive(row, at_s)
             if what.leaves_s < math.inf:
-                self._events.append((max(at_s, what.leaves_s), len(self.rows) + 10**6, row))
-                self._events.sort(key=lambda event: event[:2])
+                self.events.append((max(at_s, what.leaves_s), len(self.rows) + 10**6, row))
+                self.events.sort(key=lambda event: event[:2])
 
-    def _note(self, decision: Decision) -> None:
+    def note(self, decision: Decision) -> None:
         for fate, rows in (("expired", decision.expired), ("refused", decision.refused), ("done", decision.done)):
             for each in rows:
                 row, stopped_by = each if isinstance(each, tuple) else (each, "")
@@ -147,7 +147,8 @@ class Device:
                     assert row.answered == row.answers[-1]
                 self.log.append((self.now_s, row.order, fate, stopped_by, row.answered))
 
-    def _run(self, batch: Batch) -> None:
+    def run(self, batch: Batch) -> None:
+        """What a policy decided: it must be possible, and takes its time."""
         segment = batch.segment
         assert 1 <= len(batch.rows) <= self.offer.profile.max_batch
         assert len(set(map(id, batch.rows))) == len(batch.rows)
@@ -174,7 +175,7 @@ class Device:
             self.offer.profile.typical_s(segment, len(batch.rows)) * self.factors[len(self.batches) % len(self.factors)]
         )
         end_s = self.now_s + took_s
-        self._happens(end_s)
+        self.happens(end_s)
         self.now_s = end_s
         if self.learns:
             self.offer.profile.observe(segment, len(batch.rows), took_s)

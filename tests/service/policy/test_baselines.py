@@ -87,7 +87,7 @@ def test_a_climbing_row_is_answered_when_its_time_is_up_while_others_run() -> No
     device = Device(policy, offer)
     climbing = Played(Wish(exit_at=1.0, deadline_s=latency_s((4,)) * 2.2), 0.0, 0, come=Come(0.0, Wish()))
     policy.arrive(climbing, 0.0)
-    device._run(policy.decide(0.0).batch)  # type: ignore[arg-type]
+    device.run(policy.decide(0.0).batch)  # type: ignore[arg-type]
     policy.arrive(Played(Wish(deadline_s=latency_s((4,)) * 2.1), 0.0, 1, come=Come(0.0, Wish())), 0.0)
     decision = policy.decide(device.now_s)
     assert [row.order for row in decision.batch.rows] == [1]  # type: ignore[union-attr]

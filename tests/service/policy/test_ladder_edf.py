@@ -245,7 +245,7 @@ def test_when_to_wake_is_after_now_and_then_something_happens() -> None:
     row = Played(Wish(deadline_s=0.25), 0.0, 0, come=Come(0.0, Wish()))
     policy.arrive(row, 0.0)
     policy._tightest_s = 0.0  # too short a quantum for the reference path in one run
-    device._run(policy.decide(0.0).batch)  # type: ignore[arg-type]
+    device.run(policy.decide(0.0).batch)  # type: ignore[arg-type]
     assert policy.decide(device.now_s, spare_s=0.0).batch is None  # another model needs the device
     wake_s = policy.wake_s()
     assert device.now_s < wake_s < math.inf
@@ -260,7 +260,7 @@ def test_while_requests_wait_unread_nothing_that_starts_anew_for_a_deeper_answer
     climber = Played(Wish(exit_at=1.0), 0.0, 0, come=Come(0.0, Wish()))
     policy.arrive(climber, 0.0)
     while climber.answered is None or not climber.rest.embed:
-        device._run(policy.decide(device.now_s).batch)  # type: ignore[arg-type]
+        device.run(policy.decide(device.now_s).batch)  # type: ignore[arg-type]
     newcomer = Played(Wish(path=climber.target), device.now_s, 1, come=Come(0.0, Wish()))
     policy.arrive(newcomer, device.now_s)
     assert newcomer.rest == climber.rest
@@ -275,7 +275,7 @@ def test_while_requests_wait_unread_first_answers_alone_are_run_each_to_the_shal
     device = Device(policy, offer)
     rows = [Played(Wish(deadline_s=1.0), 0.0, order, come=Come(0.0, Wish())) for order in range(2)]
     policy.arrive(rows[0], 0.0)
-    device._run(policy.decide(0.0, crowded=True).batch)  # type: ignore[arg-type]
+    device.run(policy.decide(0.0, crowded=True).batch)  # type: ignore[arg-type]
     assert rows[0].answered == offer.climb[0]  # though it was alone
     policy._price.per_second = 1.0
     decision = policy.decide(device.now_s, crowded=True)
@@ -283,7 +283,7 @@ def test_while_requests_wait_unread_first_answers_alone_are_run_each_to_the_shal
     assert decision.done == []  # there may be time for more yet
     device.now_s += 0.1
     policy.arrive(rows[1], device.now_s)
-    device._run(policy.decide(device.now_s, crowded=True).batch)  # type: ignore[arg-type]
+    device.run(policy.decide(device.now_s, crowded=True).batch)  # type: ignore[arg-type]
     assert rows[1].answered == offer.climb[0]
     assert policy._price.per_second == 1.0  # nobody idled
     policy._price.per_second = 0.0
@@ -298,7 +298,7 @@ def test_a_row_that_has_left_is_told_of_no_more() -> None:
     device = Device(policy, offer)
     row = Played(Wish(), 0.0, 0, come=Come(0.0, Wish()))
     policy.arrive(row, 0.0)
-    device._run(policy.decide(0.0).batch)  # type: ignore[arg-type]
+    device.run(policy.decide(0.0).batch)  # type: ignore[arg-type]
     policy.leave(row)
     assert policy.decide(device.now_s).done == []
 
@@ -315,7 +315,7 @@ def test_rows_that_are_gone_are_not_kept_until_their_deadline() -> None:
         policy.arrive(row, device.now_s)
         batch = policy.decide(device.now_s, spare_s=0.0).batch  # nothing deeper: another model needs the device
         assert batch is not None
-        device._run(batch)
+        device.run(batch)
         if order:  # the first one waits on
             policy.leave(row)
     assert policy.waiting() == 1
@@ -385,4 +385,4 @@ def test_not_more_rows_wait_for_a_better_answer_than_will_get_one() -> None:
         done += len(decision.done)
         assert policy._deeper.waiting.rows <= most
         if decision.batch is not None:
-            device._run(decision.batch)
+            device.run(decision.batch)

@@ -25,12 +25,12 @@ def devices(*policies: str) -> tuple[Scheduler[str], dict[str, Device]]:
 def share(scheduler: Scheduler[str], books: dict[str, Device], traces: dict[str, list[Come]]) -> list[str]:
     """Play the models' traces on one device until all is done; whose batches ran, in order."""
     for key, device in books.items():
-        device._events = sorted((come.at_s, place, come) for place, come in enumerate(traces.get(key, [])))
+        device.events = sorted((come.at_s, place, come) for place, come in enumerate(traces.get(key, [])))
     now_s, order = 0.0, []
     for _ in range(10_000):
         for device in books.values():
             device.now_s = now_s
-            device._happens(now_s)
+            device.happens(now_s)
         decisions, key, batch = scheduler.decide(now_s)
         for decision in decisions:
             owners = {id(row): device for device in books.values() for row in device.rows}
@@ -38,16 +38,16 @@ def share(scheduler: Scheduler[str], books: dict[str, Device], traces: dict[str,
                 assert len({id(owners[id(row)]) for row in rows}) <= 1
             some = [*(row for row, _ in decision.done), *decision.expired, *decision.refused]
             if some:
-                owners[id(some[0])]._note(decision)
+                owners[id(some[0])].note(decision)
         if batch is not None:
             assert key is not None
             order.append(key)
-            books[key]._run(batch)
+            books[key].run(batch)
             now_s = books[key].now_s
             continue
         wake_s = scheduler.wake_s()
         assert wake_s > now_s
-        now_s = min(wake_s, *(device._events[0][0] if device._events else math.inf for device in books.values()))
+        now_s = min(wake_s, *(device.events[0][0] if device.events else math.inf for device in books.values()))
         if now_s == math.inf:
             assert scheduler.waiting() == 0
             return order
