@@ -81,11 +81,18 @@ def wait_for(happened: Callable[[], bool], patience_s: float = 40) -> None:
 
 @dataclass
 class LiveServer:
-    """A real `hbll serve` process."""
+    """A real `hbll serve` process; a context manager, which stops it unless the test did."""
 
     process: subprocess.Popen[str]
     url: str
     log: Path
+
+    def __enter__(self) -> LiveServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            assert self.stop() in (0, -signal.SIGTERM)
 
     def stop(self) -> int:
         """SIGTERM; returns the exit status."""
@@ -100,10 +107,8 @@ class LiveServer:
 
 @pytest.fixture(scope="session")
 def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    live = start_server(trained.models, tmp_path_factory.mktemp("server"))
-    yield live
-    if live.process.poll() is None:
-        live.stop()
+    with start_server(trained.models, tmp_path_factory.mktemp("server")) as live:
+        yield live
 
 
 def start_server(

@@ -25,7 +25,8 @@ _PATIENCE_S = 180
 
 
 class Client:
-    """httpx against the app, from synchronous tests: the app's loop runs in a thread of its own."""
+    """httpx against the app, from synchronous tests: the app's loop runs in a thread of its own, until this is closed, which
+    it is as a context manager."""
 
     def __init__(self, app: FastAPI) -> None:
         self.app = app
@@ -41,6 +42,12 @@ class Client:
         self.rpc = app.state.rpc and f"127.0.0.1:{app.state.rpc.port}"
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         self._http = httpx.AsyncClient(transport=transport, base_url="http://test")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def request(self, method: str, url: str, **options: object) -> httpx.Response:
         return self.run(self._http.request(method, url, **options))
@@ -84,9 +91,8 @@ def settings(trained: Trained) -> Settings:
 
 @pytest.fixture(scope="package")
 def client(settings: Settings) -> Iterator[Client]:
-    client = Client(create_app(settings))
-    yield client
-    client.close()
+    with Client(create_app(settings)) as client:
+        yield client
 
 
 @contextmanager

@@ -309,24 +309,21 @@ def test_a_server_that_is_not_warm_says_so() -> None:
     """Its model never becomes warm, for its runner fails."""
     model = fake_model()
     model.runner.error = RuntimeError("no device")
-    client = Cold(create_app(Settings(grpc_port=0), Repository([model])))
-    try:
-        with grpc.insecure_channel(client.rpc) as channel:
-            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            assert stub.ServerLive(pb.ServerLiveRequest()).live
-            assert not stub.ServerReady(pb.ServerReadyRequest()).ready
-            assert not stub.ModelReady(pb.ModelReadyRequest(name="fake")).ready
-            health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-            assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
-            message = pb.ModelInferRequest(model_name="fake", raw_input_contents=[bytes(16)])
-            message.inputs.add(name="x", datatype="FP32", shape=[1, 2, 2])
-            with pytest.raises(grpc.RpcError) as caught:
-                stub.ModelInfer(message)
-            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
-            metadata = dict(caught.value.trailing_metadata())
-            assert (metadata["code"], metadata["retry-after"]) == ("not_ready", "1")
-    finally:
-        client.close()
+    app = create_app(Settings(grpc_port=0), Repository([model]))
+    with Cold(app) as client, grpc.insecure_channel(client.rpc) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        assert stub.ServerLive(pb.ServerLiveRequest()).live
+        assert not stub.ServerReady(pb.ServerReadyRequest()).ready
+        assert not stub.ModelReady(pb.ModelReadyRequest(name="fake")).ready
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        message = pb.ModelInferRequest(model_name="fake", raw_input_contents=[bytes(16)])
+        message.inputs.add(name="x", datatype="FP32", shape=[1, 2, 2])
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(message)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        metadata = dict(caught.value.trailing_metadata())
+        assert (metadata["code"], metadata["retry-after"]) == ("not_ready", "1")
 
 
 class Cold(Client):

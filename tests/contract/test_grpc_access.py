@@ -35,10 +35,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def channel(trained: Trained, tokens: dict[str, str]) -> Iterator[grpc.Channel]:
     settings = Settings(models=trained.models, grpc_port=0, keys_file=Path(tokens["file"]), access_log=True)
-    client = Client(create_app(settings))
-    with grpc.insecure_channel(client.rpc) as channel:
+    with Client(create_app(settings)) as client, grpc.insecure_channel(client.rpc) as channel:
         yield channel
-    client.close()
 
 
 @pytest.fixture(scope="module")

@@ -63,9 +63,8 @@ def guarded(trained: Trained, authority: trustme.CA, tmp_path_factory: pytest.Te
         "operator": add_key(keys, "operator", rate=None, admin=True),
     }
     settings = Settings(models=trained.models, grpc_port=0, keys_file=keys, tls_cert=folder / "server.pem")
-    client = Client(create_app(settings))
-    yield Guarded(client.rpc, grpc.ssl_channel_credentials(authority.cert_pem.bytes()), tokens)
-    client.close()
+    with Client(create_app(settings)) as client:
+        yield Guarded(client.rpc, grpc.ssl_channel_credentials(authority.cert_pem.bytes()), tokens)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +162,7 @@ def test_clients_need_a_certificate_where_http_wants_one(trained: Trained, autho
     authorities = tmp_path / "authorities.pem"
     authorities.write_bytes(root)
     files = {"tls_cert": chain, "tls_key": key, "tls_client_ca": authorities}
-    client = Client(create_app(Settings(models=trained.models, grpc_port=0, **files)))
-    try:
+    with Client(create_app(Settings(models=trained.models, grpc_port=0, **files))) as client:
         live = pb.ServerLiveRequest()
         with grpc.secure_channel(client.rpc, grpc.ssl_channel_credentials(root)) as nobody:
             status, _ = refused(lambda: service_pb2_grpc.GRPCInferenceServiceStub(nobody).ServerLive(live, timeout=20))
@@ -173,8 +171,6 @@ def test_clients_need_a_certificate_where_http_wants_one(trained: Trained, autho
         known = grpc.ssl_channel_credentials(root, mine.private_key_pem.bytes(), mine.cert_chain_pems[0].bytes())
         with grpc.secure_channel(client.rpc, known) as somebody:
             assert service_pb2_grpc.GRPCInferenceServiceStub(somebody).ServerLive(live, timeout=20).live
-    finally:
-        client.close()
 
 
 def test_an_encrypted_key_is_refused_before_anything_is_loaded(authority: trustme.CA, tmp_path: Path) -> None:

@@ -43,9 +43,8 @@ def guarded(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "operator": add_key(file, "operator", rate=None, admin=True),
     }
     app = create_app(Settings(models=trained.models, keys_file=file, metrics_need_key=True, access_log=True))
-    client = Client(app)
-    yield Guarded(client, tokens)
-    client.close()
+    with Client(app) as client:
+        yield Guarded(client, tokens)
 
 
 def test_everything_but_probes_and_the_description_needs_a_key(guarded: Guarded) -> None:
@@ -81,12 +80,9 @@ def test_without_a_key_no_body_is_read(guarded: Guarded) -> None:
 def test_metrics_are_open_by_default(client: Client, trained: Trained, tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     add_key(file, "alice", rate=None, admin=False)
-    other = Client(create_app(Settings(models=trained.models, keys_file=file)))
-    try:
+    with Client(create_app(Settings(models=trained.models, keys_file=file))) as other:
         assert other.get("/metrics").status_code == 200
         assert other.get("/v1/models").status_code == 401
-    finally:
-        other.close()
 
 
 @pytest.mark.parametrize(

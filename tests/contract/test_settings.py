@@ -19,9 +19,8 @@ IMAGE = [[0.5] * 28] * 28
 
 
 def serving(trained: Trained, **settings: object) -> Iterator[Client]:
-    client = Client(create_app(Settings(models=trained.models, **settings)))  # type: ignore[arg-type]
-    yield client
-    client.close()
+    with Client(create_app(Settings(models=trained.models, **settings))) as client:  # type: ignore[arg-type]
+        yield client
 
 
 @pytest.fixture(params=POLICIES)

@@ -33,9 +33,8 @@ def traced(trained: Trained, exporter: InMemorySpanExporter) -> Iterator[Client]
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.app.open_tracer", lambda: Tracer(provider))
-        client = Client(create_app(Settings(models=trained.models, grpc_port=0)))
-    yield client
-    client.close()
+        with Client(create_app(Settings(models=trained.models, grpc_port=0))) as client:
+            yield client
 
 
 TENSOR = {"name": "x", "shape": [1, 28, 28], "datatype": "FP32", "data": [0.5] * 784}

@@ -31,10 +31,8 @@ from training.dataset import Dataset
 @pytest.fixture(scope="module")
 def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     limits = {"HBLL_MAX_BODY_BYTES": "400000", "HBLL_MAX_REQUEST_ROWS": "40", "HBLL_GRPC_PORT": "0"}
-    live = start_server(trained.models, tmp_path_factory.mktemp("server"), limits)
-    yield live
-    if live.process.poll() is None:
-        live.stop()
+    with start_server(trained.models, tmp_path_factory.mktemp("server"), limits) as live:
+        yield live
 
 
 def address(server: LiveServer) -> str:

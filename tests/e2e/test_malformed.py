@@ -30,9 +30,8 @@ def rpc_port() -> int:
 @pytest.fixture
 def live(trained: Trained, rpc_port: int, tmp_path: Path) -> Iterator[LiveServer]:
     limits = {"HBLL_MAX_BODY_BYTES": "400000", "HBLL_MAX_REQUEST_ROWS": "40", "HBLL_GRPC_PORT": str(rpc_port)}
-    server = start_server(trained.models, tmp_path, limits)
-    yield server
-    server.stop()
+    with start_server(trained.models, tmp_path, limits) as server:
+        yield server
 
 
 def memory_mb(server: LiveServer) -> float:

@@ -39,10 +39,8 @@ def models(trained: Trained, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def polling(models: Path, tmp_path: Path) -> Iterator[LiveServer]:
-    server = start_server(models, tmp_path, {"HBLL_POLL_S": "0.1"})
-    yield server
-    if server.process.poll() is None:
-        server.stop()
+    with start_server(models, tmp_path, {"HBLL_POLL_S": "0.1"}) as server:
+        yield server
 
 
 class Clients:

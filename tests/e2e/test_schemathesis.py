@@ -35,9 +35,8 @@ def own_server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> It
     for name in ("digits", "spare"):
         (folder / "models" / name).mkdir(parents=True)
         (folder / "models" / name / "1").symlink_to(trained.bundle)
-    live = start_server(folder / "models", folder)
-    yield live
-    live.stop()
+    with start_server(folder / "models", folder) as live:
+        yield live
 
 
 def test_every_operation_answers_the_model_as_documented(own_server: LiveServer, tmp_path: Path) -> None:

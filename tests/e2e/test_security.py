@@ -56,10 +56,8 @@ def guarded(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Itera
     config.write_text(
         f"keys_file = '{keys}'\ntls_cert = '{folder / 'server.pem'}'\naccess_log = true\nlog_format = 'json'\n"
     )
-    live = start_server(trained.models, folder, {"HBLL_CONFIG": str(config)}, trust=trust)
-    yield Guarded(live, trust, keys, tokens)
-    if live.process.poll() is None:
-        live.stop()
+    with start_server(trained.models, folder, {"HBLL_CONFIG": str(config)}, trust=trust) as live:
+        yield Guarded(live, trust, keys, tokens)
 
 
 def test_one_key_is_exhausted_and_the_other_unaffected(guarded: Guarded) -> None:
@@ -137,10 +135,8 @@ BOUNDS = {
 
 @pytest.fixture(scope="module")
 def bounded(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    live = start_server(trained.models, tmp_path_factory.mktemp("bounded"), BOUNDS)
-    yield live
-    if live.process.poll() is None:
-        live.stop()
+    with start_server(trained.models, tmp_path_factory.mktemp("bounded"), BOUNDS) as live:
+        yield live
 
 
 @dataclass

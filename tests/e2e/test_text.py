@@ -57,9 +57,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     run_trial(trial, folder)
     run, bundle = folder / "runs" / "gpt", folder / "models" / "text" / "1"
     hbll("export", str(run), str(bundle), "--paths", "4,4-6,4-6-7,1-2-3-4-5-6-7")
-    server = start_server(folder / "models", folder)
-    yield Served(run, bundle, server)
-    server.stop()
+    with start_server(folder / "models", folder) as server:
+        yield Served(run, bundle, server)
 
 
 def _expected(served: Served, path: tuple[int, ...]) -> np.ndarray:
