@@ -29,6 +29,7 @@ COMMANDS = {
     "serve": _Entry("service.cli", "serve", "cpu", "Serve a folder of models over HTTP."),
     "keys": _Entry("service.keys_cli", "keys", "cpu", "Make, list and remove API keys."),
     "predict": _Entry("hbll.predict", "predict", "cpu", "Ask a running server about images or tables."),
+    "load": _Entry("benchmarks.service_level", "main", "cpu", "Load a running server: at which rates are budgets kept?"),
     "simulate": _Entry("benchmarks.simulate", "main", "cpu,train", "Compare scheduling policies in simulated time."),
     "bench": _Entry("benchmarks.bench", "main", "cpu,train", "Compare scheduling policies on real servers."),
     "bench-training": _Entry("benchmarks.training", "main", "train", "Time, span and memory of a step of HBLL and of BP."),

@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from hbll.asked import Asked, only_model, read_files
 from hbll.client import DEFAULT_URL, Answer, Client, HbllError, Prediction, PredictOptions, Rung
-from hbll.table import SUFFIXES, TableError, read_rows
+from hbll.table import TableError
 
 console = Console(markup=False)  # labels and file names may have brackets
 
 _ROWS_A_REQUEST = 64
 _LIKELIEST = 3
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """What is asked about: an image file's content, or row `number` of a table, from 1."""
-
-    file: Path
-    content: bytes | NDArray[np.float32]
-    number: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.file.name if self.number is None else f"{self.file.name}:{self.number}"
-
-    def as_json(self, prediction: Prediction, **members: Any) -> str:
-        row = {} if self.number is None else {"row": self.number}
-        said = {name: value for name, value in asdict(prediction).items() if value is not None}
-        return json.dumps({"file": str(self.file), **row, **said, **members})
 
 
 @click.command()
@@ -101,8 +82,8 @@ def predict(
     }
     try:
         with Client(url, api_key=api_key, timeout_s=timeout_s) as client:
-            name = model or _only_model(client)
-            requests = _requests(client, name, version, files, drop)  # read before a budget begins
+            name = model or only_model(client)
+            requests = _requests(*read_files(client, name, version, files, drop))  # before a budget begins
             answers = []
             for rows in requests:
                 inputs = [row.content for row in rows]
@@ -119,45 +100,27 @@ def predict(
         _show([row for rows in requests for row in rows], answers)
 
 
-def _only_model(client: Client) -> str:
-    names = [model.name for model in client.models()]
-    if not names:
-        raise click.ClickException("no model is served there")
-    if len(names) > 1:
-        raise click.ClickException(f"several models are served: add --model, one of {', '.join(names)}")
-    return names[0]
-
-
-def _requests(
-    client: Client, model: str, version: int | None, files: Sequence[Path], drop: Sequence[str]
-) -> list[list[_Row]]:
-    """The rows of each request.
-
-    Raises:
-        TableError: a table is not one that the model takes.
-    """
-    tables = [file for file in files if file.suffix.lower() in SUFFIXES]
-    images = [_Row(file, file.read_bytes()) for file in files if file not in tables]
-    if drop and not tables:
-        raise click.UsageError("--drop goes with tables")
-    requests = [images] if images else []
-    features = client.model(model, version=version).features if tables else None
-    for file in tables:
-        if features is None:
-            raise TableError(f"{file}: model {model} was not trained on a table, and has no columns")
-        rows = [_Row(file, values, number) for number, values in enumerate(read_rows(file, features, drop), start=1)]
+def _requests(images: list[Asked], tables: Iterable[Sequence[Asked]]) -> list[Sequence[Asked]]:
+    requests: list[Sequence[Asked]] = [images] if images else []
+    for rows in tables:
         requests += [rows[first : first + _ROWS_A_REQUEST] for first in range(0, len(rows), _ROWS_A_REQUEST)]
     return requests
 
 
-def _follow(rows: Sequence[_Row], events: Iterable[Rung | Answer], as_json: bool) -> Answer:
+def _as_json(row: Asked, prediction: Prediction, **members: Any) -> str:
+    number = {} if row.number is None else {"row": row.number}
+    said = {name: value for name, value in asdict(prediction).items() if value is not None}
+    return json.dumps({"file": str(row.file), **number, **said, **members})
+
+
+def _follow(rows: Sequence[Asked], events: Iterable[Rung | Answer], as_json: bool) -> Answer:
     """Print rungs as they come, and return the answer at the end."""
     for event in events:
         if isinstance(event, Answer):
             return event
         row, found = rows[event.row], event.prediction
         if as_json:
-            click.echo(row.as_json(found, final=event.final, total_ms=event.total_ms))
+            click.echo(_as_json(row, found, final=event.final, total_ms=event.total_ms))
         else:
             console.print(
                 f"{row.name}: {found.label} with confidence {found.confidence:.3f} after {event.total_ms} ms, depth "
@@ -166,13 +129,13 @@ def _follow(rows: Sequence[_Row], events: Iterable[Rung | Answer], as_json: bool
     raise AssertionError("a stream ends with its answer, or an error")
 
 
-def _print_rows(rows: Sequence[_Row], answer: Answer) -> None:
+def _print_rows(rows: Sequence[Asked], answer: Answer) -> None:
     about = {"model": answer.model, "version": answer.version, "deadline_met": answer.deadline_met}
     for row, found in zip(rows, answer.predictions, strict=True):
-        click.echo(row.as_json(found, **about))
+        click.echo(_as_json(row, found, **about))
 
 
-def _show(rows: Sequence[_Row], answers: Sequence[Answer]) -> None:
+def _show(rows: Sequence[Asked], answers: Sequence[Answer]) -> None:
     table = Table(title=f"{answers[0].model} version {answers[0].version}")
     for column in ("input", "label", "confidence", "depth", "path", "stopped by"):
         table.add_column(column, justify="left" if column in ("input", "path", "stopped by") else "right")
