@@ -166,6 +166,8 @@ def simulate(
         counts["answered"] += len(decision.done)
         counts["expired"] += len(decision.expired)
         counts["refused"] += len(decision.refused)
+        for _ in decision.expired:
+            server.pace.answered(asked_s, asked_s, now)
         server.occupy(now, hardware.send_s * (len(decision.expired) + len(decision.refused)))
 
     def hear(server: _Server, now: float) -> None:

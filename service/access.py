@@ -126,6 +126,10 @@ class HttpArrival:
         """See `Arrival`."""
         self._request.scope["state"].update(answer=answer, deadline_met=deadline_met, budget_ms=budget_ms)
 
+    def note_expired(self, budget_ms: float) -> None:
+        """See `Arrival`."""
+        self._request.scope["state"].update(answer=None, budget_ms=budget_ms)
+
     def span(self, error: ServiceError | None) -> tuple[str, dict[str, str | int], str | None]:
         """See `Arrival`."""
         method, route = self._request.method, self._request.scope["route"].path

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import plan, predict, raw, routes
 from service.access import Access
 from service.context import Context
+from service.decoding import Decoding
 from service.description import complete
 from service.direct import DirectRoutes
 from service.engine import Engine
@@ -68,10 +69,10 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     repository = repository or open_repository(settings)
     metrics = Metrics()
     tracer = open_tracer()
-    gate, call_gate = Gate(), CallGate()
+    gate, call_gate, decoding = Gate(), CallGate(), Decoding()
 
     def unread() -> int:
-        return gate.waiting() + call_gate.waiting()
+        return gate.waiting() + call_gate.waiting() + decoding.waiting()
 
     metrics.unread_requests.set_function(unread)
     engine = Engine(
@@ -83,7 +84,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
         trace=tracer is not None,
     )
 
-    context = Context(settings, repository, engine, metrics, tracer, keys, call_gate)
+    context = Context(settings, repository, engine, metrics, tracer, keys, call_gate, decoding)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from service.answers import Answer
 from service.context import Context
-from service.errors import ClientGone, ServiceError
+from service.errors import ClientGone, DeadlineExpired, ServiceError
 from service.logs import request_id
 from service.policy.wish import Wish, resolve_wish
 from service.repository import ServedModel
@@ -35,6 +35,10 @@ class Arrival(Protocol):
         """Let the access log know how the engine answered, and to what budget, if that says how long an answer takes."""
         ...
 
+    def note_expired(self, budget_ms: float) -> None:
+        """There is no answer within this budget: that says so, too."""
+        ...
+
     def span(self, error: ServiceError | None) -> tuple[str, dict[str, str | int], str | None]:
         """What traces tell of a request that ends well, or by `error`: a name, attributes, its own `traceparent`."""
         ...
@@ -57,6 +61,11 @@ class Call:
     def arrived_s(self) -> float:
         """See `Arrival`."""
         return self.arrival.arrived_s
+
+    @property
+    def budget_s(self) -> float | None:
+        """The budget, if it has one."""
+        return None if self.budget_ms is None else self.budget_ms / 1000
 
     @property
     def total_s(self) -> float:
@@ -95,6 +104,8 @@ class Call:
         """Count and trace that it ends by `error`. Whoever tells a client of an error counts it as a refusal; if it is
         `untold`, nobody does, and so it is here."""
         self.ctx.metrics.failed_seconds.labels(*self.served.labels).observe(self.total_s)
+        if isinstance(error, DeadlineExpired) and self.budget_ms is not None:
+            self.arrival.note_expired(self.budget_ms)
         if untold:
             self.ctx.metrics.refusals.labels(error.code).inc()
         self._trace((), error)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from service.decoding import Decoding
 from service.engine import Engine
 from service.keys import Keys
 from service.metrics import Metrics
@@ -30,6 +31,7 @@ class Context:
     tracer: Tracer | None
     keys: Keys | None
     call_gate: CallGate
+    decoding: Decoding
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     warm: bool = False
     told_to_end: bool = False

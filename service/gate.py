@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, Literal, Protocol, TypeVar
 
+from service.answers import Answer
 from service.errors import DeadlineExpired
 
 AT_ONCE = 8
@@ -75,6 +76,12 @@ class Pace:
         """A request with this budget has its answer, so long after it began, the time to send it included."""
         self._latest.append((now_s, budget_s, took_s))
         self._known = None
+
+    def ended(self, budget_s: float, begun_s: float, answer: Answer | None, now_s: float) -> None:
+        """A request with this budget, which began at `begun_s`, has been sent this answer; or none, as the budget ran out.
+        That takes as long as the budget, at least: did it say nothing, others would begin with as little time left."""
+        took_s = budget_s if answer is None else now_s - begun_s - (answer.decided_s - answer.answered_s)
+        self.answered(budget_s, took_s, now_s)
 
     def takes_s(self, budget_s: float, now_s: float) -> tuple[float, float]:
         """How long before the end of its budget a request is to begin: the 0.75 quantile, and at most three quarters of the

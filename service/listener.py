@@ -296,8 +296,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self._begun is not None:
             state = self._begun.scope["state"]  # see `service.access.HttpArrival`
             if (budget_ms := state.get("budget_ms")) is not None:
-                deeper_s = state["answer"].decided_s - state["answer"].answered_s
-                self.gate.pace.answered(budget_ms / 1000, now_s - self._begun_s - deeper_s, now_s)
+                self.gate.pace.ended(budget_ms / 1000, self._begun_s, state["answer"], now_s)
             self._begun = None
         if not self._in_head and self.cycle.response_complete:
             self._unsent.set(self.loop, self.body_timeout_s, self.transport.abort)

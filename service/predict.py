@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic_core import to_json
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from family.manifest import Manifest
@@ -16,7 +17,7 @@ from service.access import HttpArrival
 from service.answers import Answer, OnAnswer, RowAnswer
 from service.call import Call, open_call
 from service.context import Context, Ctx, errors, milliseconds
-from service.errors import ClientGone, InvalidInput, ServiceError
+from service.errors import ClientGone, DeadlineExpired, InvalidInput, ServiceError
 from service.inputs import Decoder, takes_long
 from service.media import JSON, OCTETS, RAW_BODY, reading
 from service.policy.wish import Wish
@@ -31,15 +32,21 @@ router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS))  #
 stream_router = APIRouter(redirect_slashes=False, route_class=reading(JSON))
 
 
-async def _prepare(body: PredictRequest, request: Request, ctx: Context, *, climb: bool) -> tuple[Call, Rows]:
-    """Everything before the engine. With `climb` a request without a wish climbs to the end."""
+async def _prepare(body: PredictRequest, request: Request, ctx: Context, *, climb: bool) -> tuple[Call, Rows, float | None]:
+    """Everything before the engine, and when a thread began to decode, if one did. With `climb` a request without a wish
+    climbs to the end."""
     served = served_model(request)
     if (rows := len(body.inputs)) > (most := ctx.settings.max_request_rows):
         raise InvalidInput(f"inputs: expected at most {most} rows (max_request_rows), got {rows}")
     call = open_call(ctx, served, body, len(body.inputs), HttpArrival(request), climb=climb)
-    decode = Decoder(served.manifest, ctx.settings.max_image_pixels).decode
-    x = await run_in_threadpool(decode, body.inputs) if takes_long(body.inputs) else decode(body.inputs)
-    return call, x
+    decode = partial(Decoder(served.manifest, ctx.settings.max_image_pixels).decode, body.inputs)
+    if not takes_long(body.inputs):
+        return call, decode(), None
+    try:
+        return call, *await ctx.decoding.run(decode, call.arrived_s, call.budget_s)
+    except DeadlineExpired as error:
+        call.failed(error)
+        raise
 
 
 @for_models(
@@ -56,8 +63,14 @@ async def predict(body: PredictRequest, request: Request, ctx: Ctx) -> Response:
     """Answer each input at the depth that its wishes and the budget allow."""
     refuse_query(request.scope["query_string"])
     body = with_headers(body, request.scope["headers"])
-    call, x = await _prepare(body, request, ctx, climb=False)
-    return await answer_call(request, call, x, probabilities=body.probabilities)
+    call, x, begun_s = await _prepare(body, request, ctx, climb=False)
+    try:
+        return await answer_call(request, call, x, probabilities=body.probabilities)
+    finally:
+        budget_ms = request.scope["state"].get("budget_ms")  # see `HttpArrival`
+        if begun_s is not None and budget_ms is not None:
+            answer = request.scope["state"]["answer"]
+            ctx.decoding.pace.ended(budget_ms / 1000, begun_s, answer, time.monotonic())
 
 
 async def answer_call(request: Request, call: Call, x: Rows, *, probabilities: bool) -> Response:
@@ -102,7 +115,7 @@ async def predict_stream(body: StreamRequest, request: Request, ctx: Ctx) -> Res
     """Stream the answer of every rung as soon as it is known. A client that leaves stops the work at the next one."""
     refuse_query(request.scope["query_string"])
     body = with_headers(body, request.scope["headers"])
-    call, x = await _prepare(body, request, ctx, climb=True)
+    call, x, _ = await _prepare(body, request, ctx, climb=True)
     labels = call.served.manifest.labels
     best = MostConfident()
 

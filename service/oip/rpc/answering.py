@@ -13,7 +13,7 @@ import grpc
 
 from service.answers import Answer, RowAnswer
 from service.context import Context, milliseconds
-from service.errors import BadRequest, ClientGone, InvalidInput, ServiceError
+from service.errors import BadRequest, ClientGone, DeadlineExpired, InvalidInput, ServiceError
 from service.oip.inference import Inference, describe_answer, open_inference
 from service.oip.rpc.access import note
 from service.oip.rpc.messages import parameters_of, read_request, values_of, write_response
@@ -60,6 +60,9 @@ class Arrival:
         """See `service.call.Arrival`."""
         note(answer=answer, deadline_met=deadline_met, budget_ms=budget_ms)
 
+    def note_expired(self, budget_ms: float) -> None:
+        """See `service.call.Arrival`; nobody else wants to hear of it."""
+
     def span(self, error: ServiceError | None) -> tuple[str, dict[str, str | int], str | None]:
         """See `service.call.Arrival`."""
         service, _, name = self.method.partition("/")
@@ -84,13 +87,17 @@ async def answer(ctx: Context, request: pb.ModelInferRequest, arrival: Arrival) 
         begun_s = time.monotonic()
         inference = _open(ctx, request, arrival)
         call = inference.call
-        with call:
-            found = await ctx.engine.submit(call.served, inference.x, call.wish, call.arrived_s, on_loop=False)
+        try:
+            with call:
+                found = await ctx.engine.submit(call.served, inference.x, call.wish, call.arrived_s, on_loop=False)
+        except DeadlineExpired:
+            if call.budget_s is not None:
+                ctx.call_gate.pace.ended(call.budget_s, begun_s, None, time.monotonic())
+            raise
         parameters = describe_answer(call, found, call.answered(found))
         response = write_response(inference, request.id, parameters, found.rows)
-        if call.budget_ms is not None:
-            now_s, deeper_s = time.monotonic(), found.decided_s - found.answered_s
-            ctx.call_gate.pace.answered(call.budget_ms / 1000, now_s - begun_s - deeper_s, now_s)
+        if call.budget_s is not None:
+            ctx.call_gate.pace.ended(call.budget_s, begun_s, found, time.monotonic())
         return response
 
 
