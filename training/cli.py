@@ -226,15 +226,20 @@ def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weight
     test inputs run each hop when they climb until --min-confidence). Temperatures, and what is best, are chosen on
     validation data.
     """
+    target = out or run
     try:
-        config, family, _ = load_family(run, factory, weights)
-        method_of(config.train)  # it says which paths are trained
-        data = load_data_of(run, config.data)
+        with interruptible(f"stopped: nothing of the run in {run} is lost, and the same command measures it again"):
+            config, family, _ = load_family(run, factory, weights)
+            method_of(config.train)  # it says which paths are trained
+            data = load_data_of(run, config.data)
+            target.mkdir(parents=True, exist_ok=True)
+            report(config, family, data, target, min_confidence)
+    except Interrupted as exc:
+        stop(exc)
+    except OSError as exc:
+        raise click.ClickException(f"cannot write {exc.filename or target}: {exc.strerror or exc}") from exc
     except (CheckpointError, ConfigError, DataError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
-    target = out or run
-    target.mkdir(parents=True, exist_ok=True)
-    report(config, family, data, target, min_confidence)
 
 
 def stop(exc: Interrupted) -> NoReturn:

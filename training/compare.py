@@ -29,7 +29,7 @@ from training.checkpoint import CONFIG_FILE, CheckpointError, load_run_config
 from training.config import ConfigError, MethodName, RunConfig, describe_changes, parse_config
 from training.dataset import Dataset
 from training.methods import method_of, steps_of, trained_paths
-from training.report import Matched, Record
+from training.report import Matched, Record, of_columns
 from training.trainer import LOG_FILE, History, Report, train
 
 Rates = Mapping[tuple[MethodName, int | None], float]
@@ -121,12 +121,13 @@ def choose_rates(
     base: RunConfig, results: Iterable[tuple[Job, Sequence[Record]]]
 ) -> dict[tuple[MethodName, int | None], float]:
     """Of each method and separate network the rate with the best validation accuracy, the mean over the tuning seeds and
-    over the reported depths. A rate of which a run diverged, and so is missing from `results`, has its other runs only.
+    over the reported depths, or over all depths of a method that trains none of these. A rate of which a run diverged, and
+    so is missing from `results`, has its other runs only.
     """
     sizes = separate_blocks(Tree(base.model.hierarchy_depth))
     scores: dict[tuple[MethodName, int | None], dict[float, list[float]]] = {}
     for job, records in results:
-        reported = [r.validation_accuracy for r in records if r.best_of_depth and r.depth in sizes]
+        reported = [record.validation_accuracy for record in of_columns(sizes, records)]
         scores.setdefault(job.trained, {}).setdefault(job.config.train.lr, []).append(statistics.mean(reported))
     return {
         trained: max(by_rate, key=lambda lr: (statistics.mean(by_rate[lr]), -lr)) for trained, by_rate in scores.items()

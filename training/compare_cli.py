@@ -17,7 +17,7 @@ from training.cli import METHODS_HELP, budget_option, config_option, find_method
 from training.compare import Job
 from training.config import BUILT_IN, ConfigError, MethodName, load_config
 from training.dataset import Dataset
-from training.progress import Interrupted, console, progress_columns
+from training.progress import Interrupted, console, interruptible, progress_columns
 from training.report import Record, write_report
 from training.sources import load_data
 from training.workers import At, Failure, Message, run_all
@@ -109,13 +109,14 @@ def compare(
     """
     given: dict[str, object] = {} if budget is None else {"train.budget": budget}
     try:
-        base = load_config(config, given | settings)
-        data = load_data(base.data)
-        images = len(data.train)
-        tuning = comparison.plan_tuning(base, methods, tuning_seeds, rates)
-        planned = comparison.plan(base, methods, seeds, images)  # what cannot be is told before hours of tuning
-        comparison.require_unclaimed(tuning, out)
-        comparison.require_unclaimed(planned, out, rates_known=not tuning)
+        with interruptible(f"stopped before the first run: {out} is as it was, and the same command begins again"):
+            base = load_config(config, given | settings)
+            data = load_data(base.data)
+            images = len(data.train)
+            tuning = comparison.plan_tuning(base, methods, tuning_seeds, rates)
+            planned = comparison.plan(base, methods, seeds, images)  # what cannot be is told before hours of tuning
+            comparison.require_unclaimed(tuning, out)
+            comparison.require_unclaimed(planned, out, rates_known=not tuning)
         if dry_run:
             if is_tuned := all(comparison.is_finished(job, out) for job in tuning):
                 tuned = [(job, comparison.run(job, out, data, lambda _: None)) for job in tuning]  # which only reads
@@ -130,7 +131,8 @@ def compare(
         found = tuned + _run_with_bar("comparing", planned, out, data, jobs, threads)
         records = [record for _, of_run in found for record in of_run]
         sizes = comparison.separate_blocks(algebra.Tree(base.model.hierarchy_depth))
-        text = write_report(base, sizes, seeds, records, out)
+        with interruptible(f"stopped in the report: all runs in {out} have ended, and the same command reports on them"):
+            text = write_report(base, sizes, seeds, records, out)
     except Interrupted as exc:
         stop(exc)
     except (ConfigError, CheckpointError, ValueError) as exc:
@@ -202,8 +204,8 @@ def _run_with_bar(
         except KeyboardInterrupt as exc:
             where = ", ".join(f"{name} at step {at.step} ({at.share:.0%})" for name, at in running.items())
             raise Interrupted(
-                f"stopped with {len(ends)} of {len(jobs)} runs ended, in {where or 'none'}: the same command goes on from "
-                "the last checkpoints"
+                f"stopped with {len(ends)} of {len(jobs)} runs ended{where and f', in {where}'}: the same command goes on "
+                "from the last checkpoints"
             ) from exc
     if failed := [name for name, end in ends.items() if isinstance(end, Failure) and not end.diverged]:
         raise ConfigError(

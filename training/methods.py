@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from family.tree import Path, Tree
+from family.tree import InvalidPath, Path, Tree
 from training.config import ConfigError, MethodName, RunConfig, TrainConfig
 from training.distributed import ALONE, Team
 from training.model import Family
@@ -175,9 +175,21 @@ def method_of(settings: TrainConfig) -> Method:
 
 
 def trained_paths(config: RunConfig, tree: Tree, paths: tuple[Path, ...]) -> tuple[Path, ...]:
-    """Those of `paths` that the run trains: all, or the few of a method that trains no others."""
+    """Those of `paths` that the run trains: all, or the few of a method that trains no others.
+
+    Raises:
+        ConfigError: a method of the user's names none, or one that the tree does not have.
+    """
     few = method_of(config.train).paths
-    return few(config.train, tree) if few else paths
+    if few is None:
+        return paths
+    try:
+        found = tuple(map(tree.validate, few(config.train, tree)))
+    except InvalidPath as exc:
+        raise ConfigError(f"the paths of method {config.train.method}: {exc}") from exc
+    if not found:
+        raise ConfigError(f"the paths of method {config.train.method}: expected at least one, got none")
+    return found
 
 
 def steps_of(config: RunConfig, tree: Tree, images: int) -> int:

@@ -86,6 +86,12 @@ def summarise(records: Iterable[Record]) -> list[Row]:
     return [_row(method, matched, members) for (method, matched), members in groups.items()]
 
 
+def of_columns(sizes: Sequence[int], records: Iterable[Record]) -> list[Record]:
+    """The validation-best path of each depth that has a column; of each depth where a method trains none of these."""
+    best = [record for record in records if record.best_of_depth]
+    return [record for record in best if record.depth in sizes] or best
+
+
 def differences(records: Iterable[Record]) -> list[Difference]:
     """Every family at equal work against separate networks at equal work and at equal steps, over the seeds of both."""
     best: dict[tuple[MethodName, Matched], dict[int, dict[int, float]]] = {}  # ... -> seed -> depth -> test accuracy
@@ -214,11 +220,9 @@ def _difference_table(sizes: Sequence[int], found: Sequence[Difference]) -> str:
 def _tuning_table(sizes: Sequence[int], tuning: Sequence[Record]) -> str:
     rates = sorted({record.lr for record in tuning})
     found: dict[str, dict[float, list[float]]] = {}
-    for record in tuning:
-        if record.best_of_depth and record.depth in sizes:
-            name = (
-                f"`bp`, {record.depth} block{'s' * (record.depth > 1)}" if record.method == "bp" else f"`{record.method}`"
-            )
+    for method in dict.fromkeys(record.method for record in tuning):
+        for record in of_columns(sizes, (record for record in tuning if record.method == method)):
+            name = f"`bp`, {record.depth} block{'s' * (record.depth > 1)}" if method == "bp" else f"`{method}`"
             found.setdefault(name, {}).setdefault(record.lr, []).append(record.validation_accuracy)
     lines = [_line(["method", *(f"{rate:g}" for rate in rates)]), _line(["---", *["--:"] * len(rates)])]
     for name, by_rate in found.items():

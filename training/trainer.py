@@ -138,6 +138,7 @@ def train(
         )
     family = family or build_family(config.model, settings.seed, data.spec)
     _require_fit(family, data)
+    paths = trained_paths(config, family.tree, watched_paths(family.tree))
     family = family.to(team.device).train()
     run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
@@ -150,7 +151,6 @@ def train(
         progress = load_checkpoint(run, family, optimizer) if (run / CHECKPOINT_FILE).exists() else Progress()
         team.require_agreement(progress.steps, f"checkpoint, in a folder {run} that all of them share (this is its step)")
         history = History.read(run / LOG_FILE, progress.steps)
-        paths = trained_paths(config, family.tree, watched_paths(family.tree))
         budget = max(1, round(settings.budget * len(data.train)))
         generator = torch.Generator()
         board = held.enter_context(_board(run, progress, team))

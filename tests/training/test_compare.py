@@ -15,6 +15,7 @@ from training.checkpoint import CHECKPOINT_FILE
 from training.compare import Job, choose_rates, plan, plan_tuning, run
 from training.config import ConfigError, MethodName, MlpConfig, RunConfig, TrainConfig
 from training.dataset import Dataset
+from training.methods import METHODS
 from training.report import Matched, Record, differences, markdown, summarise
 from training.trainer import LOG_FILE, Report
 
@@ -175,6 +176,16 @@ def test_rates_are_tuned_before_they_are_compared_and_the_report_tells_both(tmp_
     assert "| `chains` | work | 1 | 0.01 |" in text  # 1e-6 learns nothing in six passes
     assert "| method | 1e-06 | 0.01 |" in text
     assert "| `chains` | steps |" in text.split("## Families less separate networks")[1]
+
+
+def test_a_method_whose_paths_have_no_column_is_tuned_by_those_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug found: after all tuning runs, `mean requires at least one data point`."""
+    monkeypatch.setitem(METHODS, "my:deep", METHODS["exits"])
+    records = [_record("my:deep", "tuning", 100, 4, accuracy, lr) for lr, accuracy in ((1e-3, 0.5), (1e-2, 0.6))]
+    jobs = plan_tuning(TINY, ["my:deep"], [100], [1e-3, 1e-2])
+    results = [(job, [record]) for job, record in zip(jobs, records, strict=True)]
+    assert choose_rates(TINY, results) == {("my:deep", None): 1e-2}
+    assert "| `my:deep` | 50.0 | 60.0 |" in markdown(TINY, (1, 2, 3), [0], records)
 
 
 def test_ranges_of_seeds_are_all_their_numbers(tmp_path: Path) -> None:

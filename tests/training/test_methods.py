@@ -9,7 +9,7 @@ import torch
 
 from family.tree import Tree
 from tests.conftest import SMALL_VIT
-from training.config import BUILT_IN, DigitsConfig, MethodName, ResMlpConfig, RunConfig, TrainConfig
+from training.config import BUILT_IN, ConfigError, DigitsConfig, MethodName, ResMlpConfig, RunConfig, TrainConfig
 from training.dataset import Dataset
 from training.digits import load_digits
 from training.methods import METHODS, Context, steps_of, trained_paths
@@ -168,3 +168,18 @@ def test_every_new_method_learns(tmp_path: Path, centred: Dataset, name: MethodN
     first, last = validations[0], validations[-1]
     assert min(score.accuracy for score in last.values()) > least
     assert sum(score.loss for score in last.values()) < sum(score.loss for score in first.values())
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [([(1, 2, 3, 5, 7)], r"the paths of method my:own: path 1-2-3-5-7: 3 -> 5 is no hop"), ([], "expected at least one")],
+)
+def test_paths_that_a_tree_does_not_have_are_refused_before_a_run_begins(
+    tmp_path: Path, centred: Dataset, monkeypatch: pytest.MonkeyPatch, paths: list[tuple[int, ...]], message: str
+) -> None:
+    """Bug found: the run trained for its time, and its report ended with a KeyError."""
+    monkeypatch.setitem(METHODS, "my:own", replace(METHODS["exits"], paths=lambda _settings, _tree: tuple(paths)))
+    config = RunConfig(model=ResMlpConfig(width=4, hidden=4), train=TrainConfig(method="my:own"))
+    with pytest.raises(ConfigError, match=message):
+        train(config, tmp_path / "run", centred, lambda _: None)
+    assert not (tmp_path / "run").exists()

@@ -101,7 +101,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, command: list[str], message: s
 SETTINGS = ["--set", "model.kind=mlp", "--set", "model.width=8", "--set", "train.budget=2", "--set", "train.evaluations=1"]
 
 
-def _interrupt(*_args: object) -> None:
+def _interrupt(*_args: object, **_named: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -136,3 +136,42 @@ def test_a_report_that_cannot_be_written_is_told_in_a_sentence(tmp_path: Path) -
     assert result.exit_code == 1
     assert re.search(r"cannot write .*classes\.csv.*: Is a directory", result.output)
     assert "continue with --resume" in result.output
+
+
+def test_ctrl_c_in_evaluate_says_that_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was click's `Aborted!`."""
+    assert CliRunner().invoke(main, ["train", "--out", str(tmp_path), *SETTINGS]).exit_code == 0
+    for place in ("training.assessment_report.assess", "training.cli.load_data_of"):
+        monkeypatch.setattr(place, _interrupt)
+        result = CliRunner().invoke(main, ["evaluate", str(tmp_path)])
+        assert result.exit_code == 130
+        assert (
+            result.output == f"stopped: nothing of the run in {tmp_path} is lost, and the same command measures it again\n"
+        )
+
+
+def test_an_evaluation_that_cannot_be_written_is_told_in_a_sentence(tmp_path: Path) -> None:
+    """It was a traceback."""
+    assert CliRunner().invoke(main, ["train", "--out", str(tmp_path / "run"), *SETTINGS]).exit_code == 0
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(main, ["evaluate", str(tmp_path / "run"), "--out", str(tmp_path / "file" / "here")])
+    assert result.exit_code == 1
+    assert re.search(r"Error: cannot write .*here: Not a directory", result.output)
+
+
+def test_ctrl_c_before_and_after_the_runs_of_a_comparison_says_what_there_is(tmp_path: Path) -> None:
+    """It was click's `Aborted!`."""
+    command = ["compare", "--methods", "exits", "--seeds", "0", "--out", str(tmp_path / "out"), *SETTINGS]
+    for place, message in (
+        ("training.compare_cli.load_data", "stopped before the first run: "),
+        ("training.compare_cli.run_all", "stopped with 0 of 2 runs ended: the same command"),
+        ("training.workers.run", "stopped with 0 of 2 runs ended, in exits-work-seed0 at step 0 (0%): the same command"),
+        ("training.compare_cli.write_report", "stopped in the report: all runs in "),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, _interrupt)
+            result = CliRunner().invoke(main, command)
+        assert result.exit_code == 130
+        assert message in result.output
+        assert "Aborted" not in result.output
+    assert CliRunner().invoke(main, command).exit_code == 0
