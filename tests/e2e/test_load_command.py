@@ -25,7 +25,7 @@ def picture(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(picture: Path, *arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "100"}).invoke(main, ["load", str(picture), *map(str, arguments)])
+    return CliRunner(env={"COLUMNS": "160"}).invoke(main, ["load", str(picture), *map(str, arguments)])
 
 
 def requests(server: LiveServer) -> float:
