@@ -25,7 +25,7 @@ def picture(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(picture: Path, *arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "160"}).invoke(main, ["load", str(picture), *map(str, arguments)])
+    return CliRunner().invoke(main, ["load", str(picture), *map(str, arguments)])
 
 
 def requests(server: LiveServer) -> float:
@@ -34,8 +34,16 @@ def requests(server: LiveServer) -> float:
 
 
 def rows(result: Result) -> list[list[str]]:
-    lines = [line for line in result.output.splitlines() if line.startswith("│")]
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    """The cells of the table, those that go on in a next line put together."""
+    found: list[list[str]] = []
+    for line in result.output.splitlines():
+        if line.startswith("│"):
+            cells = [cell.strip() for cell in line.strip("│").split("│")]
+            if cells[0]:
+                found.append(cells)
+            else:
+                found[-1] = [f"{before} {more}".strip() for before, more in zip(found[-1], cells, strict=True)]
+    return found
 
 
 def test_every_request_is_sent_and_described(server: LiveServer, picture: Path) -> None:
