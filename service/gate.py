@@ -21,6 +21,10 @@ from service.errors import DeadlineExpired
 AT_ONCE = 8
 """How many begin before the loop turns to what else there is: measured from 2 to 128 (docs/scheduling.md)."""
 
+_LOOKED_AT = 16
+"""How many that wait are looked at to find one who is sure to be in time. In a burst all become doubtful at once, and to
+look at a thousand of them takes as long as a budget."""
+
 _LATEST, _LIKELY, _SURELY = 64, 0.75, 0.97  # what an answer takes is a quantile of so many
 
 Outlook = Literal["sure", "doubtful", "late"]
@@ -111,12 +115,13 @@ R = TypeVar("R")
 
 class Line(Generic[R]):
     """Requests that wait to begin, in the order in which they came: but whoever is sure to be in time goes before those who
-    are not. `asks` says when a request came, and its budget if it has one; it is asked when the request is to be next."""
+    are not. Who has no budget, or none that shows, has the time to wait until those before are through. `asks` says when a
+    request came, and its budget if it has one; it is asked when the request is to be next."""
 
     def __init__(self, pace: Pace, asks: Callable[[R], tuple[float, float | None]]) -> None:
         self._pace, self._asks = pace, asks
         self._waiting: deque[R] = deque()
-        self._doubtful: deque[tuple[R, float, float | None]] = deque()  # were next, but not sure any more
+        self._doubtful: deque[tuple[R, float, float | None]] = deque()  # were next, and let others go before
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._doubtful)
@@ -137,10 +142,11 @@ class Line(Generic[R]):
             if (seems := outlook(arrived_s, budget_s, now_s)) != "doubtful":
                 self._doubtful.popleft()
                 return request, seems == "late"
-        while self._waiting:
+        for _ in range(min(_LOOKED_AT, len(self._waiting))):
             request = self._waiting.popleft()
             arrived_s, budget_s = self._asks(request)
-            if (seems := outlook(arrived_s, budget_s, now_s)) != "doubtful":
+            seems = outlook(arrived_s, budget_s, now_s)
+            if seems != "doubtful" and (budget_s is not None or not self._doubtful):
                 return request, seems == "late"
             self._doubtful.append((request, arrived_s, budget_s))
         return self._doubtful.popleft()[0], False

@@ -205,6 +205,39 @@ def test_who_has_become_late_hears_of_it_before_anybody_begins() -> None:
     assert line.next(9.5) == (2.0, False)
 
 
+def test_who_has_no_budget_does_not_overtake_who_may_yet_be_in_time() -> None:
+    """Bug found: as long as others without a budget came, a request that was a little in doubt waited until it was late."""
+    pace = Pace()
+    for took_s in [1.0] * 90 + [3.0] * 10:
+        pace.answered(10.0, took_s, 8.0)
+    asked = {"doubtful": (0.0, 10.0), "sure": (5.0, 10.0), "patient": (0.0, None)}
+    line = Line[str](pace, asked.__getitem__)
+    for request in ("patient", "doubtful", "patient", "sure", "patient"):
+        line.append(request)
+    assert [line.next(8.0)[0] for _ in range(5)] == ["patient", "sure", "doubtful", "patient", "patient"]
+
+
+def test_few_are_looked_at_in_a_crowd_that_is_all_in_doubt() -> None:
+    """Bug found: a thousand were, before the first of them began, which took as long as their budgets."""
+    pace = Pace()
+    for took_s in [1.0] * 90 + [3.0] * 10:
+        pace.answered(10.0, took_s, 8.0)
+    looked_at: list[int] = []
+
+    def ask(place: int) -> tuple[float, float]:
+        looked_at.append(place)
+        return 0.0 if place < 1000 else 5.0, 10.0
+
+    line = Line[int](pace, ask)
+    for place in range(1001):
+        line.append(place)
+    assert line.next(8.0) == (0, False)
+    assert len(looked_at) < 64
+    begun = [line.next(8.0)[0] for _ in range(1000)]
+    assert [place for place in begun if place < 1000] == list(range(1, 1000))
+    assert begun.index(1000) < 100  # who is sure is found soon nevertheless
+
+
 @given(
     st.lists(st.tuples(st.floats(0, 10), st.none() | st.floats(0.1, 10))),
     st.lists(st.floats(0, 3), max_size=70),
