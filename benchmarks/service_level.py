@@ -182,8 +182,9 @@ def in_time(outcomes: Sequence[Outcome], budget_s: float) -> float:
 
 def _empty(model: str, budget_ms: float) -> Table:
     table = Table(title=f"{model}: answered within {budget_ms:g} ms, % of all requests")
-    for column in ("requests/s", "in time", "late", "blocks", "p50 ms", "p99 ms", "sent late", "not answered"):
-        table.add_column(column, justify="left" if column == "not answered" else "right")
+    for column in ("requests/s", "in time", "late", "blocks", "p50 ms", "p99 ms", "sent late"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("not answered", overflow="fold")
     return table
 
 
