@@ -80,11 +80,12 @@ def predict(
         "max_risk": max_risk,
         "probabilities": probabilities,
     }
+    rows_answered: list[Asked] = []
+    answers: list[Answer] = []
     try:
         with Client(url, api_key=api_key, timeout_s=timeout_s) as client:
             name = model or only_model(client)
             requests = _requests(*read_files(client, name, version, files, drop))  # before a budget begins
-            answers = []
             for rows in requests:
                 inputs = [row.content for row in rows]
                 if stream:
@@ -94,10 +95,12 @@ def predict(
                     if as_json:
                         _print_rows(rows, answer)
                 answers.append(answer)
+                rows_answered += rows
     except (HbllError, TableError) as exc:
         raise click.ClickException(str(exc)) from exc
-    if not as_json:
-        _show([row for rows in requests for row in rows], answers)
+    finally:
+        if answers and not as_json:  # those before an error, or an interrupt, too
+            _show(rows_answered, answers)
 
 
 def _requests(images: list[Asked], tables: Iterable[Sequence[Asked]]) -> list[Sequence[Asked]]:

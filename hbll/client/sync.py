@@ -55,7 +55,7 @@ class Client:
             try:
                 yield event
             except BaseException:
-                if not self._closed:  # else it ended with its event loop
+                if not self._closed and os.getpid() == self._pid:  # else it ended with its event loop, or is another's
                     self._run(events.aclose)
                 raise
 

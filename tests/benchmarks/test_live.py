@@ -99,3 +99,18 @@ def test_a_capacity_is_one_that_was_seen() -> None:
     assert capacity_of(Playing("200"), server(), 1.0, highest=640.0) == pytest.approx(640, rel=0.03)
     with pytest.raises(RuntimeError, match="slackfit does not answer 10 requests/s within 1000 ms"):
         capacity_of(Playing("504"), server(), 1.0, highest=640.0)
+
+
+def test_the_lowest_rate_is_tried_as_often_as_the_others() -> None:
+    """Bug found: it was too high after one failure, which anything else on the machine could cause."""
+    played: list[float] = []
+
+    class Counted(Playing):
+        def play(self, *_: Any, **options: Any) -> Measured:
+            played.append(options["seed"])
+            return super().play()
+
+    with pytest.raises(RuntimeError, match="slackfit does not answer"):
+        capacity_of(Counted("504"), server(), 1.0, highest=640.0)
+    assert len(played) == len(set(played))
+    assert len(played) % 2 == 0, "each rate twice"

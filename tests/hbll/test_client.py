@@ -420,6 +420,16 @@ if child:
     assert ended.returncode == 0
 
 
+def test_a_stream_from_before_a_fork_is_left_to_the_process_that_began_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug found: ending it in the child raised, and Python wrote of an exception that it ignored."""
+    with Server(sse(("answer", RUNG))).client() as client:
+        stream = client.stream(ROW)
+        next(stream)
+        with monkeypatch.context() as forked:
+            forked.setattr(os, "getpid", lambda: -1)
+            stream.close()
+
+
 def test_a_stream_that_outlives_its_client_can_still_be_closed() -> None:
     with Server(sse(("answer", RUNG))).client() as client:
         stream = client.stream(ROW)

@@ -164,6 +164,23 @@ def test_rows_of_a_long_table_go_in_several_requests(server: Server, tmp_path: P
     assert "3 requests: " in ask(file).output
 
 
+def test_what_was_answered_before_an_error_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bug found: of a long table nothing was, however late the error came."""
+    server = Server(FEATURES)
+
+    def fail_in_the_end(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST" and len(server.asked) == 2:
+            return httpx.Response(500, json={"error": "broken", "code": "internal"})
+        return server(request)
+
+    monkeypatch.setattr(command, "Client", partial(Client, transport=httpx.MockTransport(fail_in_the_end)))
+    done = ask(write(tmp_path / "parts.csv", FEATURES, ROWS * 40))
+    assert done.exit_code == 1
+    assert "broken" in done.output
+    assert "parts.csv:128" in done.output
+    assert "parts.csv:129" not in done.output
+
+
 def test_probabilities_are_shown_and_printed(server: Server, tmp_path: Path) -> None:
     file = reordered(tmp_path / "parts.csv")
     first = json.loads(ask(file, "--json", "--probabilities").stdout.splitlines()[0])
