@@ -115,7 +115,7 @@ class Settings(BaseSettings, ModelSettings):
     body_timeout_s: float = Field(
         30,
         gt=0,
-        description="for a whole body, or the first message of a gRPC call, to arrive; beyond: 408; also how long a client "
+        description="for a whole body, or the one message of a gRPC call, to arrive; beyond: 408; also how long a client "
         "may stop reading its answer",
     )
 

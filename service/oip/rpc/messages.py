@@ -39,7 +39,7 @@ _CONTENTS = {
 """The field of `contents` that has a datatype's values. FP16 has none."""
 
 
-async def in_time(reading: Awaitable[T], timeout_s: float | None) -> T:
+async def in_time(reading: Awaitable[T], timeout_s: float) -> T:
     """What a call's client sends.
 
     Raises:

@@ -14,7 +14,7 @@ from service.errors import BadRequest, NotReady, ServiceError
 from service.oip.rpc.access import count_sent, note, note_model, request_of_stream
 from service.oip.rpc.answering import Arrival, answer, answer_rungs
 from service.oip.rpc.callers import token_of
-from service.oip.rpc.messages import in_time, parse
+from service.oip.rpc.messages import parse
 from service.oip.rpc.status import status_of
 from service.oip.rpc.stubs import open_inference_pb2 as pb
 from service.responses import sentence
@@ -31,10 +31,9 @@ async def serve_stream(ctx: Context, method: str, stream: Stream, draining: asyn
 
     Raises:
         NotReady: the server is `draining`; whatever was read has been answered.
-        RequestTimeout: no request came. After the first its client may take its time.
     """
-    first, timeout_s = True, ctx.settings.body_timeout_s
-    while (message := await in_time(_read(stream, draining), timeout_s if first else None)) is not None:
+    first = True
+    while (message := await _read(stream, draining)) is not None:
         with request_of_stream(len(message)):
             await _answer(ctx, message, Arrival.now(ctx, method, stream), stream, counted=first)
         first = False
