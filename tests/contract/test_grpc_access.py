@@ -133,6 +133,7 @@ def test_a_client_that_leaves_is_logged_as_one_that_left(
 
     stream = stub.ModelStreamInfer(requests(), metadata=[("authorization", f"Bearer {tokens['alice']}")])
     next(stream)
+    assert told(lines, 1, "status") == [(OK,)]  # which is written after the client has its answer
     stream.cancel()
     try:  # the requests end later: that they did must not be told first
         assert told(lines, 2, "status", "model") == [(OK, "digits"), (CANCELLED, None)]

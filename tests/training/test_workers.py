@@ -120,9 +120,13 @@ def test_ctrl_c_ends_all_processes_quietly_and_the_same_command_goes_on(tmp_path
     """As a terminal sends it: to this process and to those that it started."""
     command = [sys.executable, "-m", "hbll", "compare", "--out", str(tmp_path), "--jobs", "2", *TINY]
     settings = ["--budget", "100000", "--set", "train.evaluations=2000"]
-    process = subprocess.Popen(
-        [*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, as do theirs
+    try:
+        process = subprocess.Popen(
+            [*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         while process.poll() is None and len(list(tmp_path.glob(f"runs/*/{CHECKPOINT_FILE}"))) < 2:
             with pytest.raises(subprocess.TimeoutExpired):
