@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlencode, urlsplit
 
 import click
@@ -19,7 +20,7 @@ from benchmarks.load import Outcome, Request, run_replay
 from benchmarks.load import lateness as late_share
 from benchmarks.priority import first_in_line
 from benchmarks.traces import Arrivals, bursts
-from hbll.asked import only_model, read_files
+from hbll.asked import asking, only_model, read_files
 from hbll.client import DEFAULT_URL, Client, HbllError, PredictOptions, Unavailable
 from hbll.client.requests import Request as Ask
 from hbll.client.requests import content_of, predict_request
@@ -51,7 +52,7 @@ def _plain(_: click.Context, __: click.Parameter, value: str) -> str:
 
 
 @click.command("load")
-@click.argument("files", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1, required=True)
+@asking
 @click.option("--rates", required=True, callback=_rates, help="Requests a second, with commas between them.")
 @click.option("--budget-ms", type=click.FloatRange(min=0, min_open=True), required=True, help="From sending to answer.")
 @click.option("--seconds", type=click.FloatRange(0.1, 3600), default=10.0, show_default=True, help="Of each rate.")
@@ -64,14 +65,6 @@ def _plain(_: click.Context, __: click.Parameter, value: str) -> str:
 )
 @click.option("--at-least", type=click.FloatRange(0, 100), help="Exit with 1 if fewer are in time at any rate, in %.")
 @click.option("--url", default=DEFAULT_URL, callback=_plain, show_default=True, help="Of the server; plain HTTP.")
-@click.option("--model", help="Name of the model.  [default: the only one served]")
-@click.option("--version", type=click.IntRange(min=1), help="Of the model.  [default: the newest]")
-@click.option("--drop", multiple=True, metavar="COLUMN", help="Of tables, to be left out. Can be repeated.")
-@click.option("--depth", help="Blocks to run: a number, best or full.")
-@click.option("--path", help="Nodes of a path, like 4-6-7.")
-@click.option("--min-confidence", type=float, help="Go deeper until the answer is this confident, 0..1.")
-@click.option("--max-risk", type=float, help="Go deeper until the answer is certified to this level, such as 0.05.")
-@click.option("--api-key", envvar="HBLL_CLIENT_API_KEY", show_envvar=True, help="Key for the server.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of when requests come, and which.")
 def main(
     files: tuple[Path, ...],
@@ -84,7 +77,7 @@ def main(
     model: str | None,
     version: int | None,
     drop: tuple[str, ...],
-    depth: str | None,
+    depth: int | Literal["best", "full"] | None,  # or other words, which the server refuses
     path: str | None,
     min_confidence: float | None,
     max_risk: float | None,
@@ -104,7 +97,7 @@ def main(
     """
     options: PredictOptions = {
         "version": version,
-        "depth": int(depth) if depth is not None and depth.isdecimal() else depth,  # type: ignore[typeddict-item]
+        "depth": depth,
         "path": path,
         "min_confidence": min_confidence,
         "max_risk": max_risk,

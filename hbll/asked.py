@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 import numpy as np
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 
 from hbll.client import Client
 from hbll.table import SUFFIXES, TableError, read_rows
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,33 @@ class Asked:
     def name(self) -> str:
         """For people."""
         return self.file.name if self.number is None else f"{self.file.name}:{self.number}"
+
+
+def _depth(_: click.Context, __: click.Parameter, value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.isdecimal() else value
+
+
+_ASKING = (
+    click.argument("files", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1, required=True),
+    click.option("--model", help="Name of the model.  [default: the only one served]"),
+    click.option("--version", type=click.IntRange(min=1), help="Of the model.  [default: the newest]"),
+    click.option("--drop", multiple=True, metavar="COLUMN", help="Of tables, to be left out. Can be repeated."),
+    click.option("--depth", callback=_depth, help="Blocks to run: a number, best or full."),
+    click.option("--path", help="Nodes of a path, like 4-6-7."),
+    click.option("--min-confidence", type=float, help="Go deeper until the answer is this confident, 0..1."),
+    click.option("--max-risk", type=float, help="Go deeper until the answer is certified to this level, such as 0.05."),
+    click.option(
+        "--api-key",
+        envvar="HBLL_CLIENT_API_KEY",
+        show_envvar=True,
+        help="Key for the server; other users of this machine can read a command line, and not the environment.",
+    ),
+)
+
+
+def asking(command: Command) -> Command:
+    """The arguments of every command that asks a server: about what, which model, and with which wishes."""
+    return reduce(lambda wrapped, option: option(wrapped), reversed(_ASKING), command)
 
 
 def only_model(client: Client) -> str:

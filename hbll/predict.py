@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from hbll.asked import Asked, only_model, read_files
+from hbll.asked import Asked, asking, only_model, read_files
 from hbll.client import DEFAULT_URL, Answer, Client, HbllError, Prediction, PredictOptions, Rung
 from hbll.table import TableError
 
@@ -23,25 +23,12 @@ _LIKELIEST = 3
 
 
 @click.command()
-@click.argument("files", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1, required=True)
+@asking
 @click.option("--url", default=DEFAULT_URL, show_default=True, help="Of the server.")
-@click.option("--model", help="Name of the model.  [default: the only one served]")
-@click.option("--version", type=click.IntRange(min=1), help="Of the model.  [default: the newest]")
-@click.option("--drop", multiple=True, metavar="COLUMN", help="Of tables, to be left out. Can be repeated.")
-@click.option("--depth", help="Blocks to run: a number, best or full.")
-@click.option("--path", help="Nodes of a path, like 4-6-7.")
 @click.option("--budget-ms", type=float, help="Latency budget in milliseconds, of each request.")
-@click.option("--min-confidence", type=float, help="Go deeper until the answer is this confident, 0..1.")
-@click.option("--max-risk", type=float, help="Go deeper until the answer is certified to this level, such as 0.05.")
 @click.option("--probabilities", is_flag=True, help="Of every label; without --json those of the likeliest are shown.")
 @click.option("--stream", is_flag=True, help="Show the answer of every rung as it comes.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each row, or with --stream each rung.")
-@click.option(
-    "--api-key",
-    envvar="HBLL_CLIENT_API_KEY",
-    show_envvar=True,
-    help="Key for the server; other users of this machine can read a command line, and not the environment.",
-)
 @click.option("--timeout-s", type=float, default=10.0, show_default=True, help="How long to wait for the server.")
 def predict(
     files: tuple[Path, ...],
@@ -49,7 +36,7 @@ def predict(
     model: str | None,
     version: int | None,
     drop: tuple[str, ...],
-    depth: str | None,
+    depth: int | Literal["best", "full"] | None,  # or other words, which the server refuses
     path: str | None,
     budget_ms: float | None,
     min_confidence: float | None,
@@ -73,7 +60,7 @@ def predict(
     """
     options: PredictOptions = {
         "version": version,
-        "depth": int(depth) if depth is not None and depth.isdecimal() else depth,  # type: ignore[typeddict-item]
+        "depth": depth,
         "path": path,
         "latency_budget_ms": budget_ms,
         "min_confidence": min_confidence,
