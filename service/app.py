@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -69,7 +70,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     repository = repository or open_repository(settings)
     metrics = Metrics()
     tracer = open_tracer()
-    gate, call_gate, decoding = Gate(), CallGate(), Decoding()
+    gate, call_gate, decoding = Gate(), CallGate(), Decoding(os.cpu_count() or 1)
 
     def unread() -> int:
         return gate.waiting() + call_gate.waiting() + decoding.waiting()

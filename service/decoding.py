@@ -1,6 +1,6 @@
 """Where requests wait for a thread that decodes their inputs, if that takes long: pictures, many rows.
 
-Threads share the processors and Python's lock, so a few get as much done as many. Whoever waits for one has been read,
+More threads than processors get no more done. Whoever waits for one has been read,
 which `service.gate` counts as begun; so here is a line once more, and whoever would be late is refused before the work.
 """
 
@@ -18,9 +18,6 @@ from service.gate import Line, Pace, late
 
 T = TypeVar("T")
 
-AT_ONCE = 2
-"""How many decode: with four, fewer were in time under more pictures than two cores can decode."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
@@ -34,13 +31,14 @@ class _Waiting:
 
 
 class Decoding:
-    """Lets a few decode at a time. Used on one event loop.
+    """Lets `at_once` decode at a time. Used on one event loop.
 
     `pace` is to be told of answers, from when their inputs began to be decoded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int) -> None:
         self.pace = Pace()
+        self._at_once = at_once
         self._line = Line[_Waiting](self.pace, _Waiting.asks)
         self._busy = 0
 
@@ -54,7 +52,7 @@ class Decoding:
         Raises:
             DeadlineExpired: the request would be late.
         """
-        if self._busy < AT_ONCE:
+        if self._busy < self._at_once:
             self._busy += 1
         else:
             await self._turn(_Waiting(arrived_s, budget_s))

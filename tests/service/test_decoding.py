@@ -9,9 +9,11 @@ import time
 import pytest
 
 from service.answers import Answer
-from service.decoding import AT_ONCE, Decoding
+from service.decoding import Decoding
 from service.errors import DeadlineExpired
 from service.gate import Pace
+
+AT_ONCE = 2
 
 
 class Work:
@@ -41,7 +43,7 @@ async def until(condition: object) -> None:
 
 def test_few_decode_at_a_time_and_all_in_the_end() -> None:
     async def come() -> None:
-        decoding, work = Decoding(), Work()
+        decoding, work = Decoding(AT_ONCE), Work()
         tasks = [asyncio.create_task(decoding.run(work, time.monotonic(), None)) for _ in range(20)]
         await until(lambda: work.running == AT_ONCE)
         assert decoding.waiting() == 20 - AT_ONCE
@@ -59,7 +61,7 @@ def test_who_would_be_late_is_refused_before_the_work() -> None:
     """Bug found: under more pictures than could be decoded all were decoded in turn, each just too late."""
 
     async def come() -> None:
-        decoding, work = Decoding(), Work()
+        decoding, work = Decoding(AT_ONCE), Work()
         now_s = time.monotonic()
         busy = [asyncio.create_task(decoding.run(work, now_s, None)) for _ in range(AT_ONCE)]
         await until(lambda: work.running == AT_ONCE)
@@ -78,7 +80,7 @@ def test_who_would_be_late_is_refused_before_the_work() -> None:
 @pytest.mark.parametrize("its_turn", [False, True])
 def test_a_client_that_goes_while_it_waits_keeps_nobody_waiting(its_turn: bool) -> None:
     async def come() -> None:
-        decoding, work = Decoding(), Work()
+        decoding, work = Decoding(AT_ONCE), Work()
         busy = [asyncio.create_task(decoding.run(work, 0.0, None)) for _ in range(AT_ONCE)]
         await until(lambda: work.running == AT_ONCE)
         leaves, stays = (asyncio.create_task(decoding.run(work, 0.0, None)) for _ in range(2))
