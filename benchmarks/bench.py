@@ -61,7 +61,7 @@ def main(
 
     One server process per policy, each replay on one of them, the policies in turn. A replay in which the client sent
     over 1 % of its requests more than 1 ms late is void and repeated. Make the default model with `make bench-family`.
-    Wants a quiet machine: nothing else should run beside it.
+    Wants a quiet machine: nothing else should run beside it. What was measured is kept if it is stopped.
     """
     try:
         _, manifest = only_bundle(models)
@@ -81,32 +81,37 @@ def main(
         capacity = capacity or capacity_of(load, servers[shallowest], LONG * latency_s)
         console.print(f"capacity C = {capacity:.0f} requests/s")
         runs = [(cell, seed, name) for cell in chosen for seed in range(seeds) for name in _rotated(names, seed)]
-        measured = [
-            _play(load, servers[name], cell, seed, (requests, tries), capacity, latency_s)
-            for cell, seed, name in track(runs, "replaying", console=console)
-        ]
-        pauses = {name: _gc_pause_s(server) for name, server in servers.items()}
-    console.print(_table(measured, names))
-    void = [each for each in measured if each.void]
-    console.print(f"{sum(len(each.depth) for each in measured):,} requests, {len(void)} of {len(measured)} replays void")
-    statuses = Counter(status for each in measured for status in each.status)
-    console.print(f"outcomes: {dict(statuses)}; longest garbage-collection pauses: {pauses}")
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         about = {
             "capacity": capacity,
             "requests": requests,
             "shallowest_latency_ms": 1000 * latency_s,
             "transport_ms": 1000 * load.transport_s,
-            "gc_pauses": pauses,
             "cpus": os.cpu_count(),
             "client_first_in_line": load.first_in_line,
         }
-        _write(out, measured, about)
+        measured: list[Measured] = []
+        pauses: dict[str, str] = {}
+        try:
+            for cell, seed, name in track(runs, "replaying", console=console):
+                measured.append(_play(load, servers[name], cell, seed, (requests, tries), capacity, latency_s))
+                pauses[name] = _gc_pause_s(servers[name])
+                if out is not None:
+                    _write(out, measured, about | {"gc_pauses": pauses})
+        except KeyboardInterrupt:  # which ends the servers, too
+            console.print(f"stopped after {len(measured)} of {len(runs)} replays")
+    if measured:
+        console.print(_table(measured, names))
+    void = [each for each in measured if each.void]
+    console.print(f"{sum(len(each.depth) for each in measured):,} requests, {len(void)} of {len(measured)} replays void")
+    statuses = Counter(status for each in measured for status in each.status)
+    console.print(f"outcomes: {dict(statuses)}; longest garbage-collection pauses: {pauses}")
+    if out is not None and measured:
         bursty = [each for each in measured if each.policy == DEFAULT_POLICY and "CV² 8" in each.cell]
         if bursty:
             draw_burst(out / "burst.png", bursty[-1], bursty[-1].scheduled_s[-1] / 120)
         console.print(f"wrote {out}")
+    if len(measured) < len(runs):
+        raise SystemExit(130)
 
 
 def _default_policies(manifest: Manifest) -> list[str]:
@@ -140,6 +145,9 @@ def _table(measured: Sequence[Measured], names: Sequence[str]) -> Table:
         row = []
         for name in names:
             played = [each for each in measured if each.cell == cell and each.policy == name]
+            if not played:  # stopped before
+                row.append("")
+                continue
             here = [each for each in played if not each.void]
             goodput, attainment = (
                 np.mean([getattr(e, what) for e in here or played]) for what in ("goodput", "attainment")
@@ -160,6 +168,8 @@ def _gc_pause_s(server: Server) -> str:
 
 
 def _write(out: Path, measured: Sequence[Measured], about: dict[str, object]) -> None:
+    """What is there so far: after each replay, as hours of them are not to be lost."""
+    out.mkdir(parents=True, exist_ok=True)
     header = ["cell", "policy", "seed", "requests", "void", "goodput", "attainment", "depth", "p50_ms", "p95_ms", "p99_ms"]
     rows = []
     for each in measured:
