@@ -21,6 +21,14 @@ _SCAN, _MOST_SCANS = b"\xff\xda", 100
 """Marks a scan of a JPEG (ITU-T T.81, B.1.1.3). Progressive ones have about ten; each is a walk over all the image, so that
 thousands of them keep a processor busy for minutes."""
 
+_QUICK_ROWS, _QUICK_VALUES, _QUICK_TEXT = 4, 4096, 8192
+"""What is decoded in about the time that the rest of its request takes: so many rows, of so many values each; and, of
+images, so many pixels in all, and so many characters of base64 each."""
+
+
+class _TooManyPixels(Exception):
+    """More than the images of a request may have."""
+
 
 class Decoder:
     """Decodes the rows of one request; its images share one allowance of pixels.
@@ -38,6 +46,25 @@ class Decoder:
 
     def decode(self, inputs: Sequence[Any]) -> Rows:
         """All `inputs` as `(rows, *input_shape)`."""
+        try:
+            return self._decode(inputs, self._max_pixels)
+        except _TooManyPixels as exc:
+            raise InvalidInput(str(exc)) from exc
+
+    def decode_if_quick(self, inputs: Sequence[Any]) -> Rows | None:
+        """The same; None if that takes too long for the event loop, as many rows do, long ones, and larger images."""
+        if len(inputs) > _QUICK_ROWS or math.prod(self._shape) > _QUICK_VALUES:
+            return None
+        images = [row["image"] for row in inputs if isinstance(row, dict) and "image" in row]
+        if any(isinstance(text, str) and len(text) > _QUICK_TEXT for text in images):
+            return None
+        try:
+            return self._decode(inputs, min(_QUICK_VALUES, self._max_pixels))
+        except _TooManyPixels:
+            return None
+
+    def _decode(self, inputs: Sequence[Any], max_pixels: int) -> Rows:
+        self._pixels_left = max_pixels
         rows = np.stack([self._row(row, f"inputs[{index}]") for index, row in enumerate(inputs)])
         check_rows(rows, "inputs", self._manifest)
         return rows
@@ -94,7 +121,7 @@ class Decoder:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 self._pixels_left -= image.width * image.height
                 if self._pixels_left < 0:
-                    raise InvalidInput(f"{too_many}, got {image.width} x {image.height} here")
+                    raise _TooManyPixels(f"{too_many}, got {image.width} x {image.height} here")
                 if image.format in ("JPEG", "MPO") and data.count(_SCAN) > _MOST_SCANS:
                     raise InvalidInput(f"{where}: expected a JPEG of at most {_MOST_SCANS} scans, got more")
                 return pixels_of(image, wanted)
@@ -123,11 +150,6 @@ def check_rows(rows: Rows, name: str, manifest: Manifest) -> None:
         raise InvalidInput(f"{name}[{index}]: expected finite numbers, got NaN or infinity")
     if manifest.image is not None and (low < 0 or high > 1):
         raise InvalidInput(f"{name}: expected pixels between 0 (black) and 1 (white), got values from {low:g} to {high:g}")
-
-
-def takes_long(inputs: Sequence[Any]) -> bool:
-    """Whether decoding takes long enough to be kept off the event loop: images, or many rows."""
-    return len(inputs) > 4 or any(isinstance(row, dict) and "image" in row for row in inputs)
 
 
 def _base64(text: Any, where: str) -> bytes:

@@ -18,7 +18,7 @@ from service.answers import Answer, OnAnswer, RowAnswer
 from service.call import Call, open_call
 from service.context import Context, Ctx, errors, milliseconds
 from service.errors import ClientGone, DeadlineExpired, InvalidInput, ServiceError
-from service.inputs import Decoder, takes_long
+from service.inputs import Decoder
 from service.media import JSON, OCTETS, RAW_BODY, reading
 from service.policy.wish import Wish
 from service.presence import while_connected
@@ -39,11 +39,11 @@ async def _prepare(body: PredictRequest, request: Request, ctx: Context, *, clim
     if (rows := len(body.inputs)) > (most := ctx.settings.max_request_rows):
         raise InvalidInput(f"inputs: expected at most {most} rows (max_request_rows), got {rows}")
     call = open_call(ctx, served, body, len(body.inputs), HttpArrival(request), climb=climb)
-    decode = partial(Decoder(served.manifest, ctx.settings.max_image_pixels).decode, body.inputs)
-    if not takes_long(body.inputs):
-        return call, decode(), None
+    decoder = Decoder(served.manifest, ctx.settings.max_image_pixels)
+    if (x := decoder.decode_if_quick(body.inputs)) is not None:
+        return call, x, None
     try:
-        return call, *await ctx.decoding.run(decode, call.arrived_s, call.budget_s)
+        return call, *await ctx.decoding.run(partial(decoder.decode, body.inputs), call.arrived_s, call.budget_s)
     except DeadlineExpired as error:
         call.failed(error)
         raise

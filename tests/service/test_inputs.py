@@ -145,3 +145,57 @@ def test_a_jpeg_has_at_most_a_hundred_scans() -> None:
         decoding = pytest.raises(InvalidInput, match="a JPEG of at most 100 scans") if refused else nullcontext()
         with decoding:
             Decoder(MANIFEST, 1_000_000).decode([{"image": base64.b64encode(bomb).decode()}])
+
+
+def image_of(width: int, height: int) -> dict[str, str]:
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
+    return {"image": base64.b64encode(file.getvalue()).decode()}
+
+
+SMALL_LIST, SMALL_IMAGE = [[0.5, 0.5], [0.5, 0.5]], image_of(32, 32)
+
+
+@pytest.mark.parametrize("inputs", [[SMALL_LIST] * 4, [SMALL_IMAGE] * 4, [image_of(64, 64)]])
+def test_what_is_quick_is_decoded_at_once(inputs: list[object]) -> None:
+    rows = Decoder(MANIFEST, 1_000_000).decode_if_quick(inputs)
+    assert rows is not None
+    np.testing.assert_array_equal(rows, Decoder(MANIFEST, 1_000_000).decode(inputs))
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [[SMALL_LIST] * 5, [SMALL_IMAGE] * 5, [SMALL_LIST, image_of(64, 65)]],
+    ids=["many rows", "many images", "many pixels"],
+)
+def test_what_takes_long_is_not(inputs: list[object]) -> None:
+    decoder = Decoder(MANIFEST, 1_000_000)
+    assert decoder.decode_if_quick(inputs) is None
+    assert len(decoder.decode(inputs)) == len(inputs)
+
+
+def test_a_long_file_takes_long_however_few_its_pixels() -> None:
+    """Its base64 is decoded, and its chunks are read, before the size of the image is known."""
+    file = io.BytesIO()
+    Image.new("L", (2, 2)).save(file, "BMP")
+    padded = {"image": base64.b64encode(file.getvalue() + bytes(10_000)).decode()}
+    assert Decoder(MANIFEST, 1_000_000).decode_if_quick([padded]) is None
+    assert len(Decoder(MANIFEST, 1_000_000).decode([padded])) == 1
+
+
+def test_long_rows_take_long() -> None:
+    spec = MANIFEST.input.model_copy(update={"shape": (-1, 65, 65)})
+    decoder = Decoder(MANIFEST.model_copy(update={"input": spec}), 1_000_000)
+    assert decoder.decode_if_quick([[[0.5] * 65] * 65]) is None
+
+
+def test_what_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(InvalidInput, match="str"):
+        Decoder(MANIFEST, 1_000_000).decode_if_quick([SMALL_LIST, "?"])
+
+
+def test_an_allowance_below_what_is_quick_holds() -> None:
+    decoder = Decoder(MANIFEST, 3)
+    assert decoder.decode_if_quick([image_of(2, 2)]) is None
+    with pytest.raises(InvalidInput, match="at most 3 pixels"):
+        decoder.decode([image_of(2, 2)])
