@@ -18,6 +18,7 @@ want, is waited for. What came out is told by `training.report`.
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from training.checkpoint import CONFIG_FILE, CheckpointError, load_run_config
 from training.config import ConfigError, MethodName, RunConfig, describe_changes, parse_config
 from training.dataset import Dataset
 from training.methods import method_of, steps_of, trained_paths
+from training.model import Factory, build_family
 from training.report import Matched, Record, of_columns
 from training.trainer import LOG_FILE, History, Report, train
 
@@ -176,18 +178,23 @@ def share_trained(job: Job, out: FilePath) -> float:
     return min(1.0, float(rows[-1]["share"])) if rows else 0.0
 
 
-def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None]) -> list[Record]:
+def run(
+    job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None], factory: Factory | None = None
+) -> list[Record]:
     """Train and measure one run in its folder under `out`, or read it if it is there already or another process is at it.
+    `factory` builds families of `model.kind = "custom"`.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration.
+        ConfigError: the folder holds a run of another configuration, or the model is custom and there is no factory.
         CheckpointError: what it holds is damaged.
         TrainingDiverged: the loss is not finite.
     """
     folder = out / "runs" / job.name
     if is_finished(job, out):
         return _records(job, read_metrics(folder))
-    family = train(job.config, folder, data, on_step, resume=True, wait=True)
+    family = build_family(job.config.model, job.config.train.seed, data.spec, factory)
+    family = copy.deepcopy(family)  # a factory may keep its modules, and no run begins with what another has trained
+    family = train(job.config, folder, data, on_step, family=family, resume=True, wait=True)
     if is_finished(job, out):  # by the other process that it waited for
         return _records(job, read_metrics(folder))
     metrics = assess(family, data, trained_paths(job.config, family.tree, tuple(family.tree.paths()))).paths

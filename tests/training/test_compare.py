@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+import copy
 import csv
 import statistics
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from hbll.cli import main
+from tests.training.test_custom import small
 from tests.training.test_trainer import Killed
 from training.assessment import METRICS_FILE
 from training.checkpoint import CHECKPOINT_FILE
 from training.compare import Job, choose_rates, plan, plan_tuning, run
-from training.config import ConfigError, MethodName, MlpConfig, RunConfig, TrainConfig
+from training.config import ConfigError, CustomConfig, MethodName, MlpConfig, RunConfig, TrainConfig
 from training.dataset import Dataset
 from training.methods import METHODS
 from training.report import Matched, Record, differences, markdown, summarise
@@ -118,6 +121,16 @@ def test_a_run_of_another_configuration_is_neither_reused_nor_overwritten(tmp_pa
 
 def _record(method: MethodName, matched: Matched, seed: int, depth: int, accuracy: float, lr: float = 4e-3) -> Record:
     return Record(method, matched, seed, lr, 2.0, 2.0 * depth, "-".join("123"[:depth]), depth, True, accuracy, accuracy)
+
+
+def test_no_run_trains_the_modules_that_a_factory_keeps(tmp_path: Path, blobs: Dataset) -> None:
+    """Such as a pretrained embedding: the next run of the same process would begin where this one ended."""
+    kept = small()
+    before = copy.deepcopy(kept.state_dict())
+    settings = TINY.train.model_copy(update={"batch": 16})
+    config = RunConfig(model=CustomConfig(hierarchy_depth=2), data=blobs.source, train=settings)
+    run(Job("work", config), tmp_path, blobs, lambda _: None, lambda _: kept)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.state_dict().items())
 
 
 def test_separate_networks_are_one_row_and_diverged_seeds_are_counted() -> None:
