@@ -196,10 +196,7 @@ def train(
     except Interrupted as exc:
         stop(exc)
     except OSError as exc:
-        raise click.ClickException(
-            f"cannot write {exc.filename or out}: {exc.strerror or exc}. What was written before is intact: once that "
-            "is fixed, continue with --resume"
-        ) from exc
+        cannot_write(exc, out, ". What was written before is intact: once that is fixed, continue with --resume")
     except (ConfigError, CheckpointError, DataError, ShapeError, TeamError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
 
@@ -237,7 +234,7 @@ def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weight
     except Interrupted as exc:
         stop(exc)
     except OSError as exc:
-        raise click.ClickException(f"cannot write {exc.filename or target}: {exc.strerror or exc}") from exc
+        cannot_write(exc, target)
     except (CheckpointError, ConfigError, DataError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
 
@@ -246,6 +243,18 @@ def stop(exc: Interrupted) -> NoReturn:
     """End as shells expect it after Ctrl-C, with what goes on."""
     click.echo(str(exc), err=True)
     raise SystemExit(128 + signal.SIGINT)
+
+
+def cannot_write(exc: OSError, folder: Path, kept: str = "") -> NoReturn:
+    """End with what the system says of a file, or of `folder`, and with what is kept.
+
+    Raises:
+        ClickException: with that.
+        BrokenPipeError: nobody reads what is printed any more, as after `| head`; click ends with that.
+    """
+    if isinstance(exc, BrokenPipeError):
+        raise exc
+    raise click.ClickException(f"cannot write {exc.filename or folder}: {exc.strerror or exc}{kept}") from exc
 
 
 def _describe(run: RunConfig, family: Family, data: Dataset) -> None:

@@ -16,6 +16,7 @@ from training.checkpoint import CheckpointError
 from training.cli import (
     METHODS_HELP,
     budget_option,
+    cannot_write,
     config_option,
     factory_option,
     find_method,
@@ -150,6 +151,8 @@ def compare(
             text = write_report(base, sizes, seeds, records, out)
     except Interrupted as exc:
         stop(exc)
+    except OSError as exc:
+        cannot_write(exc, out, ". The runs are kept: once that is fixed, the same command goes on, and reports on them")
     except (ConfigError, CheckpointError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(text)
