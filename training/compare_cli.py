@@ -107,7 +107,7 @@ def compare(
     separate network is one path of it. With --rates, every method and every separate network first gets the rate
     that is best on validation data at the seeds --tuning-seeds, which the comparison itself should not use.
 
-    The folder --out gets comparison.md, comparison.csv, comparison.png, and the runs. A run that is finished is not
+    The folder --out gets comparison.md, comparison.csv, comparison.png, and the runs. A run that has ended is not
     repeated and one that was killed goes on: give the same command again. Processes with different --seeds can share
     an --out; a last call with all seeds then reports them together.
 
@@ -134,8 +134,10 @@ def compare(
             comparison.require_unclaimed(tuning, out)
             comparison.require_unclaimed(planned, out, rates_known=not tuning)
         if dry_run:
-            if is_tuned := all(comparison.is_finished(job, out) for job in tuning):
-                tuned = [(job, comparison.run(job, out, data, lambda _: None)) for job in tuning]  # which only reads
+            ends = [comparison.end_of(job, out) for job in tuning]
+            if is_tuned := all(ends):
+                finished = [job for job, end in zip(tuning, ends, strict=True) if end == "finished"]
+                tuned = [(job, comparison.run(job, out, data, lambda _: None)) for job in finished]  # which only reads
                 planned = comparison.plan(base, methods, seeds, images, comparison.choose_rates(base, tuned))
                 comparison.require_unclaimed(planned, out)
             _list(tuning, planned, out, images, is_tuned=is_tuned)
@@ -163,13 +165,13 @@ def _list(tuning: list[Job], planned: list[Job], out: Path, images: int, *, is_t
     """Print every run, and how much of it is done; not known of those whose rate has still to be chosen."""
     line = "{:11}  {:7}  {:>4}  {:>8}  {:>11}  {:>6}  {}"
     click.echo(line.format("method", "matched", "seed", "rate", "evaluations", "epochs", "state"))
-    finished, left = 0, 0.0
+    ended, left = 0, 0.0
     for job in (*tuning, *planned):
         settings, rate, state, share = job.config.train, f"{job.config.train.lr:g}", "to train", 0.0
         if job.matched != "tuning" and not is_tuned:
             rate, state = "tuned", "after tuning"
-        elif comparison.is_finished(job, out):
-            state, share, finished = "finished", 1.0, finished + 1
+        elif end := comparison.end_of(job, out):
+            state, share, ended = end, 1.0, ended + 1
         elif share := comparison.share_trained(job, out):
             state = f"{share:.0%} done"
         left += (1 - share) * settings.budget * images
@@ -177,7 +179,7 @@ def _list(tuning: list[Job], planned: list[Job], out: Path, images: int, *, is_t
         click.echo(line.format(name, job.matched, settings.seed, rate, budget, epochs, state))
     count = len(tuning) + len(planned)
     click.echo(
-        f"{count} runs, {finished} finished, {count - finished} left: {left / 1e6:.1f} million block evaluations\n"
+        f"{count} runs, {ended} ended, {count - ended} left: {left / 1e6:.1f} million block evaluations\n"
         "(the column has those of one training image)"
     )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from training.compare import Job, is_finished, run
+from training.compare import Job, end_of, run
 from training.config import BUILT_IN, MethodName
 from training.custom import import_method
 from training.dataset import Dataset
@@ -72,7 +72,7 @@ def run_all(
     waiting = deque(jobs)
     if at_once > 1:
         for job in jobs:
-            if is_finished(job, out):  # then it is only read
+            if end_of(job, out):  # then it is only read
                 tell(job, _attempt(job, out, lambda: data, lambda _: None, factory))
                 waiting.remove(job)
         _run_in_processes(waiting, out, tell, factory, at_once, threads)

@@ -217,7 +217,7 @@ def test_a_dry_run_lists_every_run_with_its_budget_and_writes_nothing(tmp_path: 
     assert ["exits", "tuning", "100", "0.001", "6.0", "3.0", "to train"] in rows
     assert ["bp2", "steps", "0", "tuned", "6.0", "3.0", "after tuning"] in rows
     assert len(rows) == 2 * (1 + 3) + 2 + 3 + 3
-    assert " ".join(total).startswith("16 runs, 0 finished, 16 left: 0.")
+    assert " ".join(total).startswith("16 runs, 0 ended, 16 left: 0.")
     assert max(map(len, listed.output.splitlines())) <= 80
     assert list(tmp_path.iterdir()) == []
 
@@ -235,7 +235,34 @@ def test_a_dry_run_says_which_runs_are_there_and_how_far_others_are(tmp_path: Pa
     assert [row[6] for row in states] == ["finished"] * 3 + ["50% done"]
     assert states[2][3] == "0.01", "the rate that tuning chose"
     left = 0.5 * 2 * len(digits.train) / 1e6
-    assert f"4 runs, 3 finished, 1 left: {left:.1f} million block evaluations" in listed
+    assert f"4 runs, 3 ended, 1 left: {left:.1f} million block evaluations" in listed
+
+
+def test_a_run_that_diverged_has_ended(tmp_path: Path) -> None:
+    """Bug found: each call trained it again to the step at which it diverges, and a dry run always had it left."""
+    arguments = ["--methods", "exits", "--seeds", "0", "--rates", "1e-3,1e38", "--set", "train.warmup_steps=0"]
+    command = [*arguments, "--set", "model.kind=resmlp"]
+    first = _compare(tmp_path, *command)
+    assert first.exit_code == 0, first.output
+    listed = _compare(tmp_path, *command, "--dry-run").output
+    rows = [line.split(maxsplit=6) for line in listed.splitlines() if line.startswith("exits")]
+    assert [(row[3], row[6]) for row in rows] == [
+        ("0.001", "finished"), ("1e+38", "diverged"), ("0.001", "finished"), ("0.001", "finished"),
+    ]  # fmt: skip
+    assert "4 runs, 4 ended, 0 left: 0.0 million block evaluations" in listed
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/*")}
+    report = (tmp_path / "comparison.md").read_bytes()
+    diverged = tmp_path / "runs" / "exits-lr1e+38-seed100"
+    for jobs in ("1", "2"):
+        again = _compare(tmp_path, *command, "--jobs", jobs)
+        assert again.exit_code == 0, again.output
+        told = "".join(again.output.split())
+        assert "exits-lr1e+38-seed100:leftout:thelossis" in told
+        assert f"totrainitagain,remove{diverged}" in told
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/*")} == written
+    assert (tmp_path / "comparison.md").read_bytes() == report
+    other = _compare(tmp_path, *command, "--set", "train.clip=1", "--dry-run")
+    assert "exits-lr0.001-seed100 was started with another configuration" in " ".join(other.output.split())
 
 
 def test_a_folder_that_is_taken_is_told_before_anything_trains(tmp_path: Path) -> None:
