@@ -16,8 +16,8 @@ from family.manifest import BundleError, check_files, load_manifest
 from family.names import MODEL_NAME, VERSION, is_model_name, is_version
 from family.tree import InvalidPath, format_path
 from training.checkpoint import CheckpointError, Weights, load_family, load_origin
-from training.cli import factory_option, method_option, weights_option
-from training.config import ConfigError
+from training.cli import factory_option, method_option, require_method_of, weights_option
+from training.config import ConfigError, MethodName
 from training.dataset import DataError
 from training.model import Factory
 from training.sources import load_data_of
@@ -42,7 +42,15 @@ def _bar() -> Progress:
 @weights_option
 @factory_option
 @method_option
-def export(run: Path, bundle: Path, paths: str, replace: bool, weights: Weights | None, factory: Factory | None) -> None:
+def export(
+    run: Path,
+    bundle: Path,
+    paths: str,
+    replace: bool,
+    weights: Weights | None,
+    factory: Factory | None,
+    method: MethodName | None,
+) -> None:
     """Write the family trained in RUN as the folder BUNDLE.
 
     BUNDLE gets one ONNX graph per path, the gated graph that serves all of them, one file of weights and a manifest.
@@ -56,6 +64,7 @@ def export(run: Path, bundle: Path, paths: str, replace: bool, weights: Weights 
     """
     _warn_of_names(bundle)  # while nothing is lost yet
     try:
+        require_method_of(run, method)
         config, family, progress = load_family(run, factory, weights)
         data = load_data_of(run, config.data)
         with _bar() as bar:

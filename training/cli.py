@@ -54,6 +54,17 @@ def find_method(name: str) -> MethodName:
     return name
 
 
+def require_method_of(run: Path, given: MethodName | None) -> None:
+    """See that `--method` names the method of the run that is read, if any.
+
+    Raises:
+        ConfigError: it names another.
+        CheckpointError: the folder holds no run.
+    """
+    if given is not None and given != (own := load_run_config(run).train.method):
+        raise ConfigError(f"{run} was trained by method {own}, not by {given}: give --method {own}, or another run")
+
+
 def _method(_context: click.Context, _option: click.Parameter, name: str | None) -> MethodName | None:
     return None if name is None else find_method(name)
 
@@ -93,7 +104,6 @@ factory_option = click.option(
 method_option = click.option(
     "--method",
     callback=_method,
-    expose_value=False,
     metavar="MODULE:NAME",
     help="Runs this code of yours, for a run of a method of your own.",
 )
@@ -171,6 +181,7 @@ def train(
         goes_on = resume and (out / CONFIG_FILE).exists()
         with interruptible(f"stopped before the first step: {out} is as it was, and the same command begins again"):
             if goes_on and config is None:
+                require_method_of(out, method)
                 run = change_config(load_run_config(out), given | settings, str(out / CONFIG_FILE))
             else:
                 run = load_config(config, given | settings)
@@ -196,10 +207,7 @@ def train(
     except Interrupted as exc:
         stop(exc)
     except OSError as exc:
-        raise click.ClickException(
-            f"cannot write {exc.filename or out}: {exc.strerror or exc}. What was written before is intact: once that "
-            "is fixed, continue with --resume"
-        ) from exc
+        cannot_write(exc, out, ". What was written before is intact: once that is fixed, continue with --resume")
     except (ConfigError, CheckpointError, DataError, ShapeError, TeamError, TrainingDiverged, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
 
@@ -217,7 +225,14 @@ def train(
 @weights_option
 @factory_option
 @method_option
-def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weights | None, factory: Factory | None) -> None:
+def evaluate(
+    run: Path,
+    out: Path | None,
+    min_confidence: float,
+    weights: Weights | None,
+    factory: Factory | None,
+    method: MethodName | None,
+) -> None:
     """Measure every path of the trained family in RUN on its validation and test data.
 
     Prints accuracy, loss, temperature, calibration error, agreement with the reference path and FLOPs, and of the
@@ -229,6 +244,7 @@ def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weight
     target = out or run
     try:
         with interruptible(f"stopped: nothing of the run in {run} is lost, and the same command measures it again"):
+            require_method_of(run, method)
             config, family, _ = load_family(run, factory, weights)
             method_of(config.train)  # it says which paths are trained
             data = load_data_of(run, config.data)
@@ -237,7 +253,7 @@ def evaluate(run: Path, out: Path | None, min_confidence: float, weights: Weight
     except Interrupted as exc:
         stop(exc)
     except OSError as exc:
-        raise click.ClickException(f"cannot write {exc.filename or target}: {exc.strerror or exc}") from exc
+        cannot_write(exc, target)
     except (CheckpointError, ConfigError, DataError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
 
@@ -246,6 +262,18 @@ def stop(exc: Interrupted) -> NoReturn:
     """End as shells expect it after Ctrl-C, with what goes on."""
     click.echo(str(exc), err=True)
     raise SystemExit(128 + signal.SIGINT)
+
+
+def cannot_write(exc: OSError, folder: Path, kept: str = "") -> NoReturn:
+    """End with what the system says of a file, or of `folder`, and with what is kept.
+
+    Raises:
+        ClickException: with that.
+        BrokenPipeError: nobody reads what is printed any more, as after `| head`; click ends with that.
+    """
+    if isinstance(exc, BrokenPipeError):
+        raise exc
+    raise click.ClickException(f"cannot write {exc.filename or folder}: {exc.strerror or exc}{kept}") from exc
 
 
 def _describe(run: RunConfig, family: Family, data: Dataset) -> None:

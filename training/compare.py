@@ -11,26 +11,32 @@ backpropagation. With B block evaluations per training image as the budget, and 
 Learning rates can be chosen for every method, and for every separate network, by *tuning* runs at equal work with seeds
 of their own, on validation data.
 
-A run that is finished is not run again, and one that was killed goes on, so a comparison can be stopped, or shared among
-processes by seeds, and reported when all is there. One that another process is at, as with the tuning runs that all of them
-want, is waited for. What came out is told by `training.report`.
+A run that is finished, or has diverged, is not run again, and one that was killed goes on, so a comparison can be stopped,
+or shared among processes by seeds, and reported when all is there. One that another process is at, as with the tuning runs
+that all of them want, is waited for. What came out is told by `training.report`.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from typing import Literal
 
 from family.tree import Path, Tree, format_path
 from training.assessment import METRICS_FILE, PathMetrics, assess, read_metrics, write_metrics
-from training.checkpoint import CONFIG_FILE, CheckpointError, load_run_config
+from training.checkpoint import CONFIG_FILE, CheckpointError, load_run_config, write_atomically
 from training.config import ConfigError, MethodName, RunConfig, describe_changes, parse_config
 from training.dataset import Dataset
 from training.methods import method_of, steps_of, trained_paths
+from training.model import Factory, build_family
 from training.report import Matched, Record, of_columns
-from training.trainer import LOG_FILE, History, Report, train
+from training.trainer import LOG_FILE, History, Report, TrainingDiverged, train
+
+DIVERGED_FILE = "diverged.txt"
+"""Why a run ended without metrics."""
 
 Rates = Mapping[tuple[MethodName, int | None], float]
 """Peak learning rates by method and, for separate networks, blocks; what is not in it keeps the base's."""
@@ -161,13 +167,17 @@ def require_unclaimed(jobs: Sequence[Job], out: FilePath, *, rates_known: bool =
         raise ConfigError(f"{folder} was started with another configuration, {describe_changes(before, config)}: {why}")
 
 
-def is_finished(job: Job, out: FilePath) -> bool:
-    """Whether the run is there already: metrics are written last. A folder of another configuration is another run's."""
+def end_of(job: Job, out: FilePath) -> Literal["finished", "diverged"] | None:
+    """How the run ended, if it has: metrics are written last. A folder of another configuration is another run's."""
     folder = out / "runs" / job.name
     try:
-        return (folder / METRICS_FILE).exists() and load_run_config(folder) == job.config
+        if load_run_config(folder) != job.config:
+            return None
     except CheckpointError:
-        return False
+        return None
+    if (folder / METRICS_FILE).exists():
+        return "finished"
+    return "diverged" if (folder / DIVERGED_FILE).exists() else None
 
 
 def share_trained(job: Job, out: FilePath) -> float:
@@ -176,19 +186,33 @@ def share_trained(job: Job, out: FilePath) -> float:
     return min(1.0, float(rows[-1]["share"])) if rows else 0.0
 
 
-def run(job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None]) -> list[Record]:
+def run(
+    job: Job, out: FilePath, data: Dataset, on_step: Callable[[Report], None], factory: Factory | None = None
+) -> list[Record]:
     """Train and measure one run in its folder under `out`, or read it if it is there already or another process is at it.
+    `factory` builds families of `model.kind = "custom"`.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration.
+        ConfigError: the folder holds a run of another configuration, or the model is custom and there is no factory.
         CheckpointError: what it holds is damaged.
-        TrainingDiverged: the loss is not finite.
+        TrainingDiverged: the loss is not finite, or was not when the run was trained: from its last checkpoint it would
+            come to the same step.
     """
     folder = out / "runs" / job.name
-    if is_finished(job, out):
-        return _records(job, read_metrics(folder))
-    family = train(job.config, folder, data, on_step, resume=True, wait=True)
-    if is_finished(job, out):  # by the other process that it waited for
+    match end_of(job, out):
+        case "finished":
+            return _records(job, read_metrics(folder))
+        case "diverged":
+            before = (folder / DIVERGED_FILE).read_text(encoding="utf-8")
+            raise TrainingDiverged(f"{before} (so it ended before; to train it again, remove {folder})")
+    family = build_family(job.config.model, job.config.train.seed, data.spec, factory)
+    family = copy.deepcopy(family)  # a factory may keep its modules, and no run begins with what another has trained
+    try:
+        family = train(job.config, folder, data, on_step, family=family, resume=True, wait=True)
+    except TrainingDiverged as exc:
+        write_atomically(folder / DIVERGED_FILE, str(exc).encode())
+        raise
+    if end_of(job, out) == "finished":  # by the other process that it waited for
         return _records(job, read_metrics(folder))
     metrics = assess(family, data, trained_paths(job.config, family.tree, tuple(family.tree.paths()))).paths
     write_metrics(folder, metrics)

@@ -13,10 +13,21 @@ from rich.progress import Progress
 from family import tree as algebra
 from training import compare as comparison
 from training.checkpoint import CheckpointError
-from training.cli import METHODS_HELP, budget_option, config_option, find_method, set_option, stop, threads_option
+from training.cli import (
+    METHODS_HELP,
+    budget_option,
+    cannot_write,
+    config_option,
+    factory_option,
+    find_method,
+    set_option,
+    stop,
+    threads_option,
+)
 from training.compare import Job
 from training.config import BUILT_IN, ConfigError, MethodName, load_config
 from training.dataset import Dataset
+from training.model import Factory, build_family
 from training.progress import Interrupted, console, interruptible, progress_columns
 from training.report import Record, write_report
 from training.sources import load_data
@@ -72,6 +83,7 @@ def _rates(_context: click.Context, _option: click.Parameter, text: str) -> tupl
 @click.option("--dry-run", is_flag=True, help="List the runs, and which of them are there already, and exit.")
 @budget_option
 @set_option
+@factory_option
 @threads_option
 def compare(
     config: Path | None,
@@ -84,16 +96,18 @@ def compare(
     dry_run: bool,
     budget: float | None,
     settings: dict[str, object],
+    factory: Factory | None,
     threads: int,
 ) -> None:
     """Train several methods over several seeds, at equal work and at equal epochs, and report accuracy over blocks.
 
     Every method but bp trains one family: for all of --budget, and for as many epochs as separate networks of 1..D and of
     all blocks get when they share --budget. These networks are what bp means here; they are also trained for as many
-    steps as the first of the other methods. With --rates, every method and every separate network first gets the rate
+    steps as the first of the other methods. A model of kind custom is built by --factory, for every run anew, and a
+    separate network is one path of it. With --rates, every method and every separate network first gets the rate
     that is best on validation data at the seeds --tuning-seeds, which the comparison itself should not use.
 
-    The folder --out gets comparison.md, comparison.csv, comparison.png, and the runs. A run that is finished is not
+    The folder --out gets comparison.md, comparison.csv, comparison.png, and the runs. A run that has ended is not
     repeated and one that was killed goes on: give the same command again. Processes with different --seeds can share
     an --out; a last call with all seeds then reports them together.
 
@@ -105,6 +119,7 @@ def compare(
       hbll compare --config training/configs/digits.toml
       hbll compare --config training/configs/resmlp.toml --rates 2e-3,4e-3,8e-3
       hbll compare --seeds 0-9 --jobs 4 --dry-run
+      hbll compare --config own.toml --factory my_model:build
       hbll compare --methods exits,bp --seeds 0 --budget 13 --out runs/smoke
     """
     given: dict[str, object] = {} if budget is None else {"train.budget": budget}
@@ -113,28 +128,33 @@ def compare(
             base = load_config(config, given | settings)
             data = load_data(base.data)
             images = len(data.train)
+            build_family(base.model, base.train.seed, data.spec, factory)  # what cannot be is told before hours of tuning
             tuning = comparison.plan_tuning(base, methods, tuning_seeds, rates)
-            planned = comparison.plan(base, methods, seeds, images)  # what cannot be is told before hours of tuning
+            planned = comparison.plan(base, methods, seeds, images)
             comparison.require_unclaimed(tuning, out)
             comparison.require_unclaimed(planned, out, rates_known=not tuning)
         if dry_run:
-            if is_tuned := all(comparison.is_finished(job, out) for job in tuning):
-                tuned = [(job, comparison.run(job, out, data, lambda _: None)) for job in tuning]  # which only reads
+            ends = [comparison.end_of(job, out) for job in tuning]
+            if is_tuned := all(ends):
+                finished = [job for job, end in zip(tuning, ends, strict=True) if end == "finished"]
+                tuned = [(job, comparison.run(job, out, data, lambda _: None)) for job in finished]  # which only reads
                 planned = comparison.plan(base, methods, seeds, images, comparison.choose_rates(base, tuned))
                 comparison.require_unclaimed(planned, out)
             _list(tuning, planned, out, images, is_tuned=is_tuned)
             return
         _tell_if_crowded(jobs, threads)
-        tuned = _run_with_bar("tuning", tuning, out, data, jobs, threads) if tuning else []
+        tuned = _run_with_bar("tuning", tuning, out, data, factory, jobs, threads) if tuning else []
         planned = comparison.plan(base, methods, seeds, images, comparison.choose_rates(base, tuned))
         comparison.require_unclaimed(planned, out)
-        found = tuned + _run_with_bar("comparing", planned, out, data, jobs, threads)
+        found = tuned + _run_with_bar("comparing", planned, out, data, factory, jobs, threads)
         records = [record for _, of_run in found for record in of_run]
         sizes = comparison.separate_blocks(algebra.Tree(base.model.hierarchy_depth))
         with interruptible(f"stopped in the report: all runs in {out} have ended, and the same command reports on them"):
             text = write_report(base, sizes, seeds, records, out)
     except Interrupted as exc:
         stop(exc)
+    except OSError as exc:
+        cannot_write(exc, out, ". The runs are kept: once that is fixed, the same command goes on, and reports on them")
     except (ConfigError, CheckpointError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     click.echo(text)
@@ -145,13 +165,13 @@ def _list(tuning: list[Job], planned: list[Job], out: Path, images: int, *, is_t
     """Print every run, and how much of it is done; not known of those whose rate has still to be chosen."""
     line = "{:11}  {:7}  {:>4}  {:>8}  {:>11}  {:>6}  {}"
     click.echo(line.format("method", "matched", "seed", "rate", "evaluations", "epochs", "state"))
-    finished, left = 0, 0.0
+    ended, left = 0, 0.0
     for job in (*tuning, *planned):
         settings, rate, state, share = job.config.train, f"{job.config.train.lr:g}", "to train", 0.0
         if job.matched != "tuning" and not is_tuned:
             rate, state = "tuned", "after tuning"
-        elif comparison.is_finished(job, out):
-            state, share, finished = "finished", 1.0, finished + 1
+        elif end := comparison.end_of(job, out):
+            state, share, ended = end, 1.0, ended + 1
         elif share := comparison.share_trained(job, out):
             state = f"{share:.0%} done"
         left += (1 - share) * settings.budget * images
@@ -159,7 +179,7 @@ def _list(tuning: list[Job], planned: list[Job], out: Path, images: int, *, is_t
         click.echo(line.format(name, job.matched, settings.seed, rate, budget, epochs, state))
     count = len(tuning) + len(planned)
     click.echo(
-        f"{count} runs, {finished} finished, {count - finished} left: {left / 1e6:.1f} million block evaluations\n"
+        f"{count} runs, {ended} ended, {count - ended} left: {left / 1e6:.1f} million block evaluations\n"
         "(the column has those of one training image)"
     )
 
@@ -173,7 +193,7 @@ def _tell_if_crowded(jobs: int, threads: int) -> None:
 
 
 def _run_with_bar(
-    what: str, jobs: list[Job], out: Path, data: Dataset, at_once: int, threads: int
+    what: str, jobs: list[Job], out: Path, data: Dataset, factory: Factory | None, at_once: int, threads: int
 ) -> list[tuple[Job, list[Record]]]:
     """All runs and what they found; one that diverges is named and left out.
 
@@ -200,7 +220,7 @@ def _run_with_bar(
             bar.update(task, completed=done, description=f"{len(ends)}/{len(jobs)} {now}".rstrip())
 
         try:
-            run_all(jobs, out, data, tell, at_once=at_once, threads=threads)
+            run_all(jobs, out, data, tell, factory=factory, at_once=at_once, threads=threads)
         except KeyboardInterrupt as exc:
             where = ", ".join(f"{name} at step {at.step} ({at.share:.0%})" for name, at in running.items())
             raise Interrupted(

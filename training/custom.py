@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.checkpoint import Origin, Progress, load_family, load_origin
 from training.config import ConfigError, RunConfig, parse_config
-from training.dataset import Dataset
+from training.dataset import Dataset, DataSpec
 from training.methods import METHODS, Method
 from training.model import Factory, Family
 from training.progress import train_with_bar
@@ -68,20 +69,13 @@ def load_trained(run: str | Path, factory: Factory) -> Trained:
 
 def import_factory(name: str) -> Factory:
     """Import `module:function`, from the working directory too. This runs the module's code: only for a name that the
-    user gave, never for one that was read from a file.
+    user gave, never for one that was read from a file. A process that the factory is sent to imports it itself.
 
     Raises:
         ConfigError: there is no such module or function.
     """
-    found = _imported(name, "--factory MODULE:FUNCTION like my_model:build")
-
-    def build(spec: Any) -> Family:
-        family = found(spec)
-        if not isinstance(family, Family):
-            raise ConfigError(f"the factory {name} must return a training.model.Family, got {type(family).__name__}")
-        return family
-
-    return build
+    _function(name)
+    return partial(_build, name)
 
 
 def import_method(name: str) -> Method:
@@ -95,6 +89,17 @@ def import_method(name: str) -> Method:
         raise ConfigError(f"{name} must be a training.methods.Method, got {type(found).__name__}")
     METHODS[name] = found
     return found
+
+
+def _build(factory: str, spec: DataSpec) -> Family:
+    family = _function(factory)(spec)
+    if not isinstance(family, Family):
+        raise ConfigError(f"the factory {factory} must return a training.model.Family, got {type(family).__name__}")
+    return family
+
+
+def _function(name: str) -> Any:
+    return _imported(name, "--factory MODULE:FUNCTION like my_model:build")
 
 
 def _imported(name: str, expected: str) -> Any:

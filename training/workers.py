@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from training.compare import Job, is_finished, run
+from training.compare import Job, end_of, run
 from training.config import BUILT_IN, MethodName
 from training.custom import import_method
 from training.dataset import Dataset
+from training.model import Factory
 from training.report import Record
 from training.sources import load_data
 from training.trainer import Report, TrainingDiverged
@@ -52,34 +53,45 @@ Message = At | Failure | list[Record]
 Tell = Callable[[Job, Message], None]
 
 
-def run_all(jobs: Sequence[Job], out: Path, data: Dataset, tell: Tell, *, at_once: int = 1, threads: int = 1) -> None:
+def run_all(
+    jobs: Sequence[Job],
+    out: Path,
+    data: Dataset,
+    tell: Tell,
+    *,
+    factory: Factory | None = None,
+    at_once: int = 1,
+    threads: int = 1,
+) -> None:
     """Run all, `at_once` at a time with `threads` CPU threads each, and tell what is known of them. One that fails does not
     keep the others from running. However this ends, no process goes on.
 
-    Processes of their own read the data again, so each holds a copy.
+    Processes of their own read the data again, so each holds a copy. The `factory` of custom models is sent to them.
     """
     torch.set_num_threads(threads)
     waiting = deque(jobs)
     if at_once > 1:
         for job in jobs:
-            if is_finished(job, out):  # then it is only read
-                tell(job, _attempt(job, out, lambda: data, lambda _: None))
+            if end_of(job, out):  # then it is only read
+                tell(job, _attempt(job, out, lambda: data, lambda _: None, factory))
                 waiting.remove(job)
-        _run_in_processes(waiting, out, tell, at_once, threads)
+        _run_in_processes(waiting, out, tell, factory, at_once, threads)
         return
     for job in jobs:
         tell(job, At(0, 0.0))
-        tell(job, _attempt(job, out, lambda: data, partial(tell, job)))
+        tell(job, _attempt(job, out, lambda: data, partial(tell, job), factory))
 
 
-def _run_in_processes(waiting: deque[Job], out: Path, tell: Tell, at_once: int, threads: int) -> None:
+def _run_in_processes(
+    waiting: deque[Job], out: Path, tell: Tell, factory: Factory | None, at_once: int, threads: int
+) -> None:
     """Each process takes one run after another; one that dies in a run takes no other run with it."""
     own = sorted({job.config.train.method for job in waiting} - set(BUILT_IN))
     started: list[SpawnProcess] = []
     working: dict[Connection, tuple[SpawnProcess, Job]] = {}
 
     def start() -> tuple[SpawnProcess, Connection]:
-        process, pipe = _start(out, threads, own)
+        process, pipe = _start(out, threads, own, factory)
         started.append(process)
         return process, pipe
 
@@ -114,10 +126,10 @@ def _run_in_processes(waiting: deque[Job], out: Path, tell: Tell, at_once: int, 
             process.join()
 
 
-def _start(out: Path, threads: int, own: list[MethodName]) -> tuple[SpawnProcess, Connection]:
+def _start(out: Path, threads: int, own: list[MethodName], factory: Factory | None) -> tuple[SpawnProcess, Connection]:
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, out, threads, own), daemon=True)
+    process = context.Process(target=_work, args=(theirs, out, threads, own, factory), daemon=True)
     with _interrupts_ignored():  # inherited: a terminal sends Ctrl-C to all, and this process ends the others
         process.start()
     theirs.close()
@@ -133,7 +145,7 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(pipe: Connection, out: Path, threads: int, own: list[MethodName]) -> None:
+def _work(pipe: Connection, out: Path, threads: int, own: list[MethodName], factory: Factory | None) -> None:
     """Run what comes through the pipe, and tell of it. An unforeseen error ends the process, with its traceback."""
     torch.set_num_threads(threads)
     for name in own:
@@ -150,15 +162,17 @@ def _work(pipe: Connection, out: Path, threads: int, own: list[MethodName]) -> N
                     told = at.share
                     pipe.send(at)
 
-            pipe.send(_attempt(job, out, partial(read, job.config.data), tell))
+            pipe.send(_attempt(job, out, partial(read, job.config.data), tell, factory))
 
 
-def _attempt(job: Job, out: Path, read: Callable[[], Dataset], tell: Callable[[At], None]) -> list[Record] | Failure:
+def _attempt(
+    job: Job, out: Path, read: Callable[[], Dataset], tell: Callable[[At], None], factory: Factory | None
+) -> list[Record] | Failure:
     def on_step(report: Report) -> None:
         tell(At(report.step, report.share))
 
     try:
-        return run(job, out, read(), on_step)
+        return run(job, out, read(), on_step, factory)
     except TrainingDiverged as exc:
         return Failure(str(exc), diverged=True)
     except (OSError, ValueError) as exc:  # the data, the folder, the configuration, the disk

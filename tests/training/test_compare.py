@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+import copy
 import csv
 import statistics
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from hbll.cli import main
+from tests.training.test_custom import small
 from tests.training.test_trainer import Killed
 from training.assessment import METRICS_FILE
 from training.checkpoint import CHECKPOINT_FILE
 from training.compare import Job, choose_rates, plan, plan_tuning, run
-from training.config import ConfigError, MethodName, MlpConfig, RunConfig, TrainConfig
+from training.config import ConfigError, CustomConfig, MethodName, MlpConfig, RunConfig, TrainConfig
 from training.dataset import Dataset
 from training.methods import METHODS
 from training.report import Matched, Record, differences, markdown, summarise
@@ -120,6 +123,16 @@ def _record(method: MethodName, matched: Matched, seed: int, depth: int, accurac
     return Record(method, matched, seed, lr, 2.0, 2.0 * depth, "-".join("123"[:depth]), depth, True, accuracy, accuracy)
 
 
+def test_no_run_trains_the_modules_that_a_factory_keeps(tmp_path: Path, blobs: Dataset) -> None:
+    """Such as a pretrained embedding: the next run of the same process would begin where this one ended."""
+    kept = small()
+    before = copy.deepcopy(kept.state_dict())
+    settings = TINY.train.model_copy(update={"batch": 16})
+    config = RunConfig(model=CustomConfig(hierarchy_depth=2), data=blobs.source, train=settings)
+    run(Job("work", config), tmp_path, blobs, lambda _: None, lambda _: kept)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.state_dict().items())
+
+
 def test_separate_networks_are_one_row_and_diverged_seeds_are_counted() -> None:
     found = ((0, 1, 0.5, 4e-3), (0, 2, 0.6, 2e-3), (0, 3, 0.7, 4e-3), (1, 1, 0.7, 4e-3), (1, 2, 0.6, 2e-3))
     records = [_record("bp", "work", *values) for values in found]
@@ -204,7 +217,7 @@ def test_a_dry_run_lists_every_run_with_its_budget_and_writes_nothing(tmp_path: 
     assert ["exits", "tuning", "100", "0.001", "6.0", "3.0", "to train"] in rows
     assert ["bp2", "steps", "0", "tuned", "6.0", "3.0", "after tuning"] in rows
     assert len(rows) == 2 * (1 + 3) + 2 + 3 + 3
-    assert " ".join(total).startswith("16 runs, 0 finished, 16 left: 0.")
+    assert " ".join(total).startswith("16 runs, 0 ended, 16 left: 0.")
     assert max(map(len, listed.output.splitlines())) <= 80
     assert list(tmp_path.iterdir()) == []
 
@@ -222,7 +235,34 @@ def test_a_dry_run_says_which_runs_are_there_and_how_far_others_are(tmp_path: Pa
     assert [row[6] for row in states] == ["finished"] * 3 + ["50% done"]
     assert states[2][3] == "0.01", "the rate that tuning chose"
     left = 0.5 * 2 * len(digits.train) / 1e6
-    assert f"4 runs, 3 finished, 1 left: {left:.1f} million block evaluations" in listed
+    assert f"4 runs, 3 ended, 1 left: {left:.1f} million block evaluations" in listed
+
+
+def test_a_run_that_diverged_has_ended(tmp_path: Path) -> None:
+    """Bug found: each call trained it again to the step at which it diverges, and a dry run always had it left."""
+    arguments = ["--methods", "exits", "--seeds", "0", "--rates", "1e-3,1e38", "--set", "train.warmup_steps=0"]
+    command = [*arguments, "--set", "model.kind=resmlp"]
+    first = _compare(tmp_path, *command)
+    assert first.exit_code == 0, first.output
+    listed = _compare(tmp_path, *command, "--dry-run").output
+    rows = [line.split(maxsplit=6) for line in listed.splitlines() if line.startswith("exits")]
+    assert [(row[3], row[6]) for row in rows] == [
+        ("0.001", "finished"), ("1e+38", "diverged"), ("0.001", "finished"), ("0.001", "finished"),
+    ]  # fmt: skip
+    assert "4 runs, 4 ended, 0 left: 0.0 million block evaluations" in listed
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/*")}
+    report = (tmp_path / "comparison.md").read_bytes()
+    diverged = tmp_path / "runs" / "exits-lr1e+38-seed100"
+    for jobs in ("1", "2"):
+        again = _compare(tmp_path, *command, "--jobs", jobs)
+        assert again.exit_code == 0, again.output
+        told = "".join(again.output.split())
+        assert "exits-lr1e+38-seed100:leftout:thelossis" in told
+        assert f"totrainitagain,remove{diverged}" in told
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/*")} == written
+    assert (tmp_path / "comparison.md").read_bytes() == report
+    other = _compare(tmp_path, *command, "--set", "train.clip=1", "--dry-run")
+    assert "exits-lr0.001-seed100 was started with another configuration" in " ".join(other.output.split())
 
 
 def test_a_folder_that_is_taken_is_told_before_anything_trains(tmp_path: Path) -> None:

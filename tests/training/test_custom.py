@@ -363,6 +363,29 @@ def test_a_method_of_ones_own_is_imported_only_for_who_names_it(tmp_path: Path, 
         import_method("method_of_a_test:wrong")
 
 
+def test_a_method_that_is_not_that_of_the_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug found: `evaluate` and `export` measured the run by its own method, without a word."""
+    monkeypatch.setitem(METHODS, "my:mine", METHODS["exits"])
+    monkeypatch.setattr("training.cli.import_method", METHODS.__getitem__)
+    run = tmp_path / "run"
+    tiny = ["--set", "model.kind=mlp", "--budget", "1", "--set", "train.evaluations=1"]
+    assert CliRunner().invoke(main, ["train", "--out", str(run), "--method", "exits", *tiny]).exit_code == 0
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    for command in (
+        ["evaluate", str(run)],
+        ["export", str(run), str(tmp_path / "1")],
+        ["train", "--resume", "--out", str(run)],
+    ):
+        for name in ("paths", "bp", "my:mine"):
+            refused = CliRunner().invoke(main, [*command, "--method", name])
+            assert refused.exit_code == 1
+            told = f"{run} was trained by method exits, not by {name}: give --method exits"
+            assert told in " ".join(refused.output.split()), command
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == written
+    named = CliRunner().invoke(main, ["evaluate", str(run), "--method", "exits"])
+    assert named.exit_code == 0, named.output
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -159,6 +159,23 @@ def test_an_evaluation_that_cannot_be_written_is_told_in_a_sentence(tmp_path: Pa
     assert re.search(r"Error: cannot write .*here: Not a directory", result.output)
 
 
+def test_a_comparison_that_cannot_be_written_keeps_its_runs_and_the_same_command_reports_on_them(tmp_path: Path) -> None:
+    """It was a traceback."""
+    (tmp_path / "comparison.md").mkdir()
+    command = ["compare", "--methods", "exits", "--seeds", "0", "--out", str(tmp_path), *SETTINGS]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    told = " ".join(result.output.split())
+    assert re.search(
+        r"Error: cannot write .*comparison\.md.*: Is a directory\. The runs are kept: once that is fixed", told
+    )
+    (tmp_path / "comparison.md").rmdir()
+    trained = {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/*")}
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("runs/*/*")} == trained
+    assert (tmp_path / "comparison.md").is_file()
+
+
 def test_ctrl_c_before_and_after_the_runs_of_a_comparison_says_what_there_is(tmp_path: Path) -> None:
     """It was click's `Aborted!`."""
     command = ["compare", "--methods", "exits", "--seeds", "0", "--out", str(tmp_path / "out"), *SETTINGS]

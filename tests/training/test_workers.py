@@ -69,6 +69,47 @@ def test_runs_at_the_same_time_write_what_they_write_one_after_another(tmp_path:
     assert "2/2" in outputs[1]
 
 
+_FACTORY = """
+from torch import nn
+from training.model import Family, Standardise
+def build(spec):
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
+    return Family(nn.Sequential(Standardise(spec), nn.Linear(4, 6)), blocks, nn.Linear(6, len(spec.labels)))
+"""
+
+
+def test_a_model_of_ones_own_is_compared_as_it_is_trained(
+    tmp_path: Path, blobs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of processes, each run begins with the weights of `hbll train` with its seed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "compared_model_of_a_test.py").write_text(_FACTORY)
+    (tmp_path / "own.toml").write_text(
+        '[model]\nkind = "custom"\nhierarchy_depth = 2\nfactory = "compared_model_of_a_test:build"\n'
+        '[data]\nkind = "arrays"\nfile = "blobs.npz"\n[train]\nbudget = 6\nbatch = 16\nevaluations = 1\n'
+    )
+    compare = ["compare", "--config", "own.toml", "--methods", "exits,bp", "--seeds", "1"]
+    for arguments in (["--dry-run"], ["--jobs", "2"]):
+        refused = CliRunner().invoke(main, [*compare, "--out", "1", *arguments])
+        assert refused.exit_code == 1
+        assert "name it: --factory compared_model_of_a_test:build" in refused.output
+    assert "compared_model_of_a_test" not in sys.modules
+    assert not (tmp_path / "1").exists()
+    named = ["--factory", "compared_model_of_a_test:build"]
+    for jobs in ("1", "2"):
+        done = CliRunner().invoke(main, [*compare, "--out", jobs, "--jobs", jobs, *named])
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "1" / "comparison.csv").read_bytes() == (tmp_path / "2" / "comparison.csv").read_bytes()
+    train = ["train", "--config", "own.toml", "--method", "exits", "--seed", "1", "--out", "run"]
+    trained = CliRunner().invoke(main, [*train, *named])
+    assert trained.exit_code == 0, trained.output
+    weights = load_file(tmp_path / "run" / CHECKPOINT_FILE)
+    for jobs in ("1", "2"):
+        compared = load_file(tmp_path / jobs / "runs" / "exits-work-seed1" / CHECKPOINT_FILE)
+        assert all(torch.equal(tensor, compared[name]) for name, tensor in weights.items())
+
+
 def test_a_process_that_dies_in_a_run_takes_no_other_run_with_it(tmp_path: Path, digits: Dataset) -> None:
     told = _run([_job(0, Deadly), _job(1), _job(2), _job(3)], tmp_path, digits, at_once=2)
     assert told["deadly"][-1] == Failure(
