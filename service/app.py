@@ -127,7 +127,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     for router in (routes.router, plan.router, oip_routes.router):
         app.include_router(router)
     # Each around those before it.
-    app.add_middleware(DirectRoutes, routes=(*raw.direct_routes, *oip_infer.direct_routes))
+    app.add_middleware(DirectRoutes, routes=(*raw.direct_routes, *predict.direct_routes, *oip_infer.direct_routes))
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     if keys is not None:
         open_paths = OPEN_PATHS if settings.metrics_need_key else OPEN_PATHS | {"/metrics"}

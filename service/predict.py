@@ -15,8 +15,10 @@ from family.manifest import Manifest
 from family.tree import format_path
 from service.access import HttpArrival
 from service.answers import Answer, OnAnswer, RowAnswer
+from service.bodies import parse
 from service.call import Call, open_call
-from service.context import Context, Ctx, errors, milliseconds
+from service.context import Context, Ctx, context_of, errors, milliseconds
+from service.direct import DirectRoute
 from service.errors import ClientGone, DeadlineExpired, InvalidInput, ServiceError
 from service.inputs import Decoder
 from service.media import JSON, OCTETS, RAW_BODY, reading
@@ -25,7 +27,7 @@ from service.presence import while_connected
 from service.runtime import Rows
 from service.schemas import EVENT_SCHEMA, PredictRequest, PredictResponse, Risk, StreamAnswer, StreamEnd, StreamRequest
 from service.streaming import EventStream, MostConfident, answer_events
-from service.versions import for_models, served_model
+from service.versions import for_models, model_urls, served_model
 from service.wishes import HEADER_PARAMETERS, QUERY_PARAMETERS, refuse_query, with_headers
 
 router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS))  # the latter come to `service.raw` first
@@ -71,6 +73,14 @@ async def predict(body: PredictRequest, request: Request, ctx: Ctx) -> Response:
         if begun_s is not None and budget_ms is not None:
             answer = request.scope["state"]["answer"]
             ctx.decoding.pace.ended(budget_ms / 1000, begun_s, answer, time.monotonic())
+
+
+async def predict_json(request: Request) -> Response:
+    """The same, for a request that FastAPI has not read."""
+    return await predict(parse(PredictRequest, await request.body()), request, context_of(request))
+
+
+direct_routes = [DirectRoute(f"{url}/predict", predict_json, JSON) for url in model_urls("/v1")]
 
 
 async def answer_call(request: Request, call: Call, x: Rows, *, probabilities: bool) -> Response:

@@ -35,6 +35,7 @@ def error_response(error: ServiceError, scope: Scope) -> JSONResponse:
 async def on_service_error(request: Request, exc: Exception) -> JSONResponse:
     """Our own errors."""
     assert isinstance(exc, ServiceError)
+    let_go(exc)
     return error_response(exc, request.scope)
 
 
@@ -70,7 +71,8 @@ def _allowed(exc: HTTPException) -> str:
 
 
 def let_go(error: BaseException | None) -> None:
-    """Of the calls that an error came through. The framework's keep it, and so the body, until garbage is collected."""
+    """Of the calls that an error came through: those of the framework, or of what waited for a thread, keep it, and so the
+    body, until garbage is collected."""
     while error is not None and error.__traceback__ is not None:
         error.__traceback__ = None
         error = error.__context__

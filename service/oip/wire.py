@@ -11,8 +11,9 @@ from starlette.responses import Response
 
 from family.manifest import Manifest
 from service.answers import RowAnswer
+from service.bodies import parse
 from service.encodings import compress
-from service.errors import BadRequest, InvalidInput, MalformedInput
+from service.errors import BadRequest, InvalidInput
 from service.oip.schemas import InferenceParameters, InferenceRequest, RequestInput
 from service.oip.tensors import Output, describe_output
 from service.responses import describe
@@ -33,7 +34,7 @@ def read_request(body: bytes, header_length: str | None, manifest: Manifest) -> 
         MalformedInput: the JSON cannot be parsed.
     """
     if header_length is None:
-        return _parse(body), memoryview(b"")
+        return parse(InferenceRequest, body, BadRequest), memoryview(b"")
     if not (header_length.isascii() and header_length.isdecimal() and len(header_length) < 19):
         raise BadRequest(f"expected {HEADER_LENGTH} to be a number of bytes, got {header_length[:40]!r}")
     length = int(header_length)
@@ -41,27 +42,11 @@ def read_request(body: bytes, header_length: str | None, manifest: Manifest) -> 
         raise BadRequest(f"expected {HEADER_LENGTH} to be within the body's {len(body)} bytes, got {length}")
     view = memoryview(body)
     if length:
-        return _parse(bytes(view[:length])), view[length:]
+        return parse(InferenceRequest, bytes(view[:length]), BadRequest), view[length:]
     shape = [1, *manifest.input.shape[1:]]
     parameters = {"binary_data_size": len(body)}
     tensor = RequestInput(name=manifest.input.name, shape=shape, datatype=manifest.input.datatype, parameters=parameters)
     return InferenceRequest(inputs=[tensor], parameters={"binary_data_output": True}), view
-
-
-def _parse(header: bytes) -> InferenceRequest:
-    try:
-        return InferenceRequest.model_validate_json(header)
-    except ValidationError as exc:
-        raise _refusal(exc) from exc
-
-
-def _refusal(exc: ValidationError) -> BadRequest | MalformedInput:
-    """What is told of an error of pydantic's. Apart from who raises it: the call and the error would keep each other until
-    garbage is collected."""
-    first = exc.errors(include_url=False)[0]
-    if first["type"] == "json_invalid":
-        return MalformedInput(f"the body is no JSON: {first['ctx']['error']}")
-    return BadRequest(describe(first))
 
 
 def read_parameters(given: dict[str, Any]) -> InferenceParameters:
