@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.shares import Shares
 from family.tree import Path
-from service.gate import AT_ONCE, Line, Pace
+from service.gate import AT_ONCE, BLOCKED_S, Line, Pace, Room
 from service.policy.state import Batch, Offer, Policy, Row
 from service.policy.wish import Wish
 
@@ -92,6 +92,10 @@ class _Server:
         self.asked = False
         self.pace = Pace()
         self.unread = Line[int](self.pace, asks)
+        self.room = Room()
+        self.in_hand = 0  # requests that were read and have no answer yet
+        self.begun = 0  # in the latest turn of its loop
+        self.blocked = False  # others wait, until some of those in hand have their answers
 
     def occupy(self, now_s: float, took_s: float) -> float:
         """Its event loop does something next. Returns when it has."""
@@ -166,6 +170,7 @@ def simulate(
         counts["answered"] += len(decision.done)
         counts["expired"] += len(decision.expired)
         counts["refused"] += len(decision.refused)
+        server.in_hand -= len(decision.expired) + len(decision.refused)
         for _ in decision.expired:
             server.pace.answered(asked_s, asked_s, now)
         server.occupy(now, hardware.send_s * (len(decision.expired) + len(decision.refused)))
@@ -183,10 +188,11 @@ def simulate(
             for row in batch.rows
             if isinstance(row, _Request)
         ]
-        for row in batch.rows:
-            if row.answered is None and isinstance(row, _Request):
-                row.answered_s = now
+        unanswered = [row for row in batch.rows if row.answered is None and isinstance(row, _Request)]
+        for row in unanswered:
+            row.answered_s = now
         server.policy.finished(batch, confidences, now)
+        server.in_hand -= sum(row.answered is not None for row in unanswered)
         settle(server, now)
 
     def read(server: _Server) -> None:
@@ -197,10 +203,12 @@ def simulate(
             counts["refused"] += 1
             server.occupy(begun_s, hardware.refuse_s)
             return
+        server.begun += 1
         now = server.occupy(begun_s, hardware.read_s)
         if server.policy.waiting() >= max_queue_rows:
             counts["full"] += 1
             return
+        server.in_hand += 1
         server.policy.arrive(_Request(Wish(deadline_s=due_s), now, at, begun_s=begun_s, image=images[at]), now)
         server.asked = True
 
@@ -209,18 +217,25 @@ def simulate(
             hear(server, now)
         elif server.running is None and (server.asked or server.policy.wake_s() <= now):
             settle(server, now)
+        server.begun = 0
+        room = server.room.most(server.pace.tightest_s) - server.in_hand
         for _ in range(min(AT_ONCE, len(server.unread))):
+            if server.begun >= room:
+                break
             read(server)
+        server.blocked = bool(server.unread) and server.begun >= room
+        if server.unread and server.begun:
+            server.room.turned(server.begun, server.loop_s - now)
 
-    def plan(server: _Server, index: int) -> None:
+    def plan(server: _Server, index: int, now: float) -> None:
         """When the next turn is: when there is something to do, and the loop has done what it does."""
         nonlocal number
-        if server.unread or (server.asked and server.running is None):
+        if (server.unread and not server.blocked) or (server.asked and server.running is None):
             next_s = server.loop_s
         elif server.running is not None:
             next_s = max(server.loop_s, server.ends_s)
         else:
-            next_s = max(server.loop_s, server.policy.wake_s())
+            next_s = max(server.loop_s, min(server.policy.wake_s(), now + BLOCKED_S if server.blocked else math.inf))
         if next_s < math.inf:
             number += 1
             heapq.heappush(events, (next_s, number, index))
@@ -233,7 +248,7 @@ def simulate(
             server = fleet[index]
             if at_s == server.turn_s:
                 turn(server, at_s)
-                plan(server, index)
+                plan(server, index, at_s)
             continue
         index = first[position]
         if servers > 1:
@@ -244,7 +259,7 @@ def simulate(
         server.unread.append(position)
         server.loop_s = max(server.loop_s, arrives[position])
         if server.turn_s > server.loop_s:
-            plan(server, index)
+            plan(server, index, server.loop_s)
         position += 1
     report.counts = counts
     return report

@@ -70,7 +70,7 @@ def create_app(settings: Settings | None = None, repository: Repository | None =
     repository = repository or open_repository(settings)
     metrics = Metrics()
     tracer = open_tracer()
-    gate, call_gate, decoding = Gate(), CallGate(), Decoding(os.cpu_count() or 1)
+    gate, call_gate, decoding = Gate(lambda: engine.in_hand()), CallGate(), Decoding(os.cpu_count() or 1)
 
     def unread() -> int:
         return gate.waiting() + call_gate.waiting() + decoding.waiting()

@@ -108,6 +108,12 @@ class Engine:
         """Whether nothing is in flight."""
         return not self._tickets and not self.unread()
 
+    def in_hand(self) -> int:
+        """How many requests have a budget that still runs, and no answer yet."""
+        now_s = self.clock()
+        last = [ticket.rows[-1] for ticket in self._tickets if ticket.rows]
+        return sum(row.answered is None and now_s < row.deadline_s < math.inf for row in last)
+
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Warm `models` up in the inference thread, then take requests."""
         self._worker = Worker("inference", self.metrics.worker_deaths.inc)

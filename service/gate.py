@@ -10,6 +10,7 @@ And who would surely be in time begins before those who only might be: else an o
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -26,6 +27,12 @@ _LOOKED_AT = 16
 look at a thousand of them takes as long as a budget."""
 
 _LATEST, _LIKELY, _SURELY = 64, 0.75, 0.97  # what an answer takes is a quantile of so many
+
+_LEAST_IN_HAND = 2 * AT_ONCE  # those of one turn run while those of the next are read
+_IN_HAND_SHARE = 0.5  # of a budget
+_REMEMBERED = 0.98  # of what is known of crowds, from one turn of the loop to the next
+BLOCKED_S = 0.001
+"""After which it is seen again whether there is room."""
 
 Outlook = Literal["sure", "doubtful", "late"]
 """Whether a request that begins now will be answered in time: by 0.97 of the latest answers, by less, by less than 0.75."""
@@ -87,6 +94,11 @@ class Pace:
         took_s = budget_s if answer is None else now_s - begun_s - (answer.decided_s - answer.answered_s)
         self.answered(budget_s, took_s, now_s)
 
+    @property
+    def tightest_s(self) -> float:
+        """The shortest budget of late; infinity while there is none."""
+        return min([each[1] for each in self._latest], default=math.inf)
+
     def takes_s(self, budget_s: float, now_s: float) -> tuple[float, float]:
         """How long before the end of its budget a request is to begin: the 0.75 quantile, and at most three quarters of the
         budget (with less, most would be late), and the 0.97 quantile (with that, hardly any). 0 while nothing is known."""
@@ -108,6 +120,29 @@ class Pace:
         likely_s, surely_s = self.takes_s(budget_s, now_s)
         left_s = arrived_s + budget_s - now_s
         return "late" if left_s < likely_s else "doubtful" if left_s < surely_s else "sure"
+
+
+class Room:
+    """How many requests may be in hand, which have begun and have a budget and no answer yet.
+
+    The loop answers no more than it reads. Who begins waits for those in hand, so if these are more than the loop can read
+    in half a budget, that half is gone: where reading takes long, as of JSON and pictures, all would be just late. Where
+    the device takes longer than the loop there is room for more: the policy chooses among them.
+    """
+
+    def __init__(self) -> None:
+        self._begun = self._took_s = 0.0
+
+    def turned(self, begun: int, took_s: float) -> None:
+        """A turn of the loop in a crowd took it so long, and so many began in it: one at least."""
+        self._begun = self._begun * _REMEMBERED + begun
+        self._took_s = self._took_s * _REMEMBERED + took_s
+
+    def most(self, budget_s: float) -> float:
+        """With this budget, or without one. All, while nothing is known."""
+        if not self._took_s or budget_s == math.inf:
+            return math.inf
+        return max(_LEAST_IN_HAND, _IN_HAND_SHARE * budget_s * self._begun / self._took_s)
 
 
 R = TypeVar("R")
@@ -163,11 +198,13 @@ def late(arrived_s: float) -> DeadlineExpired:
 class Gate:
     """Lets requests begin, few at a time. Used on one event loop.
 
-    `pace` is to be told of answers.
+    `pace` is to be told of answers; `in_hand` says how many requests have begun, have a budget and have no answer yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_hand: Callable[[], int] = lambda: 0) -> None:
         self.pace = Pace()
+        self._in_hand = in_hand
+        self._room = Room()
         self._line = Line[Unread](self.pace, lambda request: (request.arrived_s, request.budget_s()))
         self._begun = 0  # in this turn of the loop
         self._turn_s: float | None = None  # when it began, if there were requests to be read then
@@ -193,19 +230,28 @@ class Gate:
 
     def _next_turn(self) -> None:
         """The loop has been through all that was there when the latest began."""
+        now_s = time.monotonic()
+        if self._turn_s is not None and self._begun:  # else it may have waited for room
+            self._room.turned(self._begun, now_s - self._turn_s)
         self._begun = 0
         if not self._line:
             self._turn_s = None
             return
-        asyncio.get_running_loop().call_soon(self._next_turn)
-        self._turn_s = now_s = time.monotonic()
-        while self._line and self._begun < AT_ONCE:
+        self._turn_s = now_s
+        room = self._room.most(self.pace.tightest_s) - self._in_hand()
+        for _ in range(AT_ONCE):
+            if not self._line or self._begun >= room:
+                break
             request, would_be_late = self._line.next(now_s)
             if request.gone:
                 request.forget()
-                continue
-            self._begun += 1
-            if would_be_late:
+            elif would_be_late:
                 request.refuse()
             else:
+                self._begun += 1
                 request.begin()
+        loop = asyncio.get_running_loop()
+        if room > 0:
+            loop.call_soon(self._next_turn)
+        else:
+            loop.call_later(BLOCKED_S, self._next_turn)

@@ -10,6 +10,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
+from service.answers import Answer
 from service.errors import DeadlineExpired
 from service.policy.wish import Wish
 from tests.service.bench import bench, run
@@ -31,6 +32,33 @@ def test_nothing_goes_deeper_while_requests_wait_unread_and_then_it_does() -> No
             unread = 0
             answer = await asyncio.wait_for(deeper, 30)  # without anybody else who comes
             assert [row.path for row in answer.rows] == [(4, 6, 7)]
+
+    run(test)
+
+
+def test_in_hand_are_requests_with_a_budget_that_runs_and_no_answer_yet() -> None:
+    async def test() -> None:
+        async with bench() as b:
+
+            async def ask() -> None:
+                b.engine.unread = lambda: 1  # nothing goes deeper
+                asked.append(b.ask(0.65, 0.65, exit_at=0.945, asked_as="confidence", budget_s=1.0))
+                b.ask(0.1, path=(4,))  # has no budget
+                b.ask(0.1, path=(4,), budget_s=0.0001).add_done_callback(lambda each: each.exception())
+                await asyncio.sleep(0)
+                assert b.engine.in_hand() == 2
+                b.clock.now_s += 0.001  # of one it has run out
+                assert b.engine.in_hand() == 1
+
+            asked: list[asyncio.Task[Answer]] = []
+            assert b.engine.in_hand() == 0
+            await b.held(ask)
+            async with asyncio.timeout(30):
+                while b.engine.in_hand():  # until it has an answer
+                    await asyncio.sleep(0.001)
+            assert not asked[0].done()  # and waits for a better one
+            b.engine.unread = lambda: 0
+            await asked[0]
 
     run(test)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.gate import Gate, Line, Pace
+from service.gate import AT_ONCE, Gate, Line, Pace, Room
 
 Kind = Literal["in time", "late", "gone"]
 
@@ -109,6 +110,50 @@ def test_who_would_be_late_by_what_answers_take_is_refused() -> None:
 
     asyncio.run(come())
     assert [request.refused is None for request in requests] == [True] * 8 + [False, True, True]
+
+
+def test_nobody_begins_while_more_are_in_hand_than_begin_in_half_a_budget() -> None:
+    """Bug found: of pictures, which take a millisecond each to read, an overload had forty in hand, and all were just late."""
+
+    async def come() -> None:
+        in_hand = 0
+        gate = Gate(lambda: in_hand)
+        gate.pace.answered(0.04, 0.0, time.monotonic())
+        requests = [Request("in time", [0]) for _ in range(10 * AT_ONCE)]
+
+        def begun() -> int:
+            return sum(request.begun is not None for request in requests)
+
+        for request in requests:
+            gate.enter(request)
+        for _ in range(3):  # the first turns tell how many begin in a while
+            await asyncio.sleep(0)
+        assert begun() == 4 * AT_ONCE
+        in_hand = 1_000_000_000
+        await asyncio.sleep(0.01)
+        assert begun() == 4 * AT_ONCE
+        in_hand = 0
+        async with asyncio.timeout(10):
+            while gate.waiting():
+                await asyncio.sleep(0.001)
+        assert begun() == len(requests)
+
+    asyncio.run(come())
+
+
+@given(st.lists(st.tuples(st.integers(1, AT_ONCE), st.floats(1e-5, 1.0)), min_size=1), st.floats(1e-3, 10.0))
+def test_room_is_for_those_who_begin_in_half_a_budget_and_for_two_turns_at_least(
+    turns: list[tuple[int, float]], budget_s: float
+) -> None:
+    room = Room()
+    assert room.most(budget_s) == math.inf
+    for begun, took_s in turns:
+        room.turned(begun, took_s)
+    rates = [begun / took_s for begun, took_s in turns]
+    most = room.most(budget_s)
+    assert max(2 * AT_ONCE, min(rates) * budget_s / 2 * 0.999) <= most
+    assert most <= max(2 * AT_ONCE, max(rates) * budget_s / 2 * 1.001)
+    assert room.most(math.inf) == math.inf
 
 
 def test_in_a_crowd_a_request_counts_from_when_the_loop_read_last(monkeypatch: pytest.MonkeyPatch) -> None:
