@@ -93,8 +93,9 @@ def main(
         pauses: dict[str, str] = {}
         try:
             for cell, seed, name in track(runs, "replaying", console=console):
-                measured.append(_play(load, servers[name], cell, seed, (requests, tries), capacity, latency_s))
+                played = _play(load, servers[name], cell, seed, (requests, tries), capacity, latency_s)
                 pauses[name] = _gc_pause_s(servers[name])
+                measured.append(played)
                 if out is not None:
                     _write(out, measured, about | {"gc_pauses": pauses})
         except KeyboardInterrupt:  # which ends the servers, too
@@ -106,6 +107,7 @@ def main(
     statuses = Counter(status for each in measured for status in each.status)
     console.print(f"outcomes: {dict(statuses)}; longest garbage-collection pauses: {pauses}")
     if out is not None and measured:
+        _write(out, measured, about | {"gc_pauses": pauses})
         bursty = [each for each in measured if each.policy == DEFAULT_POLICY and "CV² 8" in each.cell]
         if bursty:
             draw_burst(out / "burst.png", bursty[-1], bursty[-1].scheduled_s[-1] / 120)

@@ -218,7 +218,7 @@ def simulate(
         elif server.running is None and (server.asked or server.policy.wake_s() <= now):
             settle(server, now)
         server.begun = 0
-        room = server.room.most(server.pace.tightest_s) - server.in_hand
+        room = server.room.most(asked_s) - server.in_hand
         for _ in range(min(AT_ONCE, len(server.unread))):
             if server.begun >= room:
                 break

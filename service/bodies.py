@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -20,7 +21,7 @@ def parse(schema: type[M], body: bytes, otherwise: type[ServiceError] = InvalidI
         InvalidInput: it is JSON that `schema` does not allow; this is `otherwise`.
     """
     try:
-        return schema.model_validate_json(body)
+        return schema.model_validate_json(body.removeprefix(codecs.BOM_UTF8))  # which .NET writes
     except ValidationError as exc:
         raise _refusal(exc, otherwise) from exc
 

@@ -108,11 +108,14 @@ class Engine:
         """Whether nothing is in flight."""
         return not self._tickets and not self.unread()
 
-    def in_hand(self) -> int:
-        """How many requests have a budget that still runs, and no answer yet."""
+    def in_hand(self) -> list[float]:
+        """When the budgets end of the requests that have one which still runs, and no answer yet: of HTTP's, as calls over
+        gRPC have a gate of their own; of none while the engine cannot answer, and says so."""
+        if not self.ready:
+            return []
         now_s = self.clock()
-        last = [ticket.rows[-1] for ticket in self._tickets if ticket.rows]
-        return sum(row.answered is None and now_s < row.deadline_s < math.inf for row in last)
+        last = [ticket.rows[-1] for ticket in self._tickets if ticket.on_loop and ticket.rows]
+        return [row.deadline_s for row in last if row.answered is None and now_s < row.deadline_s < math.inf]
 
     async def start(self, models: Sequence[ServedModel]) -> None:
         """Warm `models` up in the inference thread, then take requests."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Literal, Protocol, TypeVar
 
 from service.answers import Answer
@@ -94,11 +95,6 @@ class Pace:
         took_s = budget_s if answer is None else now_s - begun_s - (answer.decided_s - answer.answered_s)
         self.answered(budget_s, took_s, now_s)
 
-    @property
-    def tightest_s(self) -> float:
-        """The shortest budget of late; infinity while there is none."""
-        return min([each[1] for each in self._latest], default=math.inf)
-
     def takes_s(self, budget_s: float, now_s: float) -> tuple[float, float]:
         """How long before the end of its budget a request is to begin: the 0.75 quantile, and at most three quarters of the
         budget (with less, most would be late), and the 0.97 quantile (with that, hardly any). 0 while nothing is known."""
@@ -123,11 +119,10 @@ class Pace:
 
 
 class Room:
-    """How many requests may be in hand, which have begun and have a budget and no answer yet.
+    """How many requests may be in hand before one that begins: begun, with no answer yet, and a budget that ends sooner.
 
-    The loop answers no more than it reads. Who begins waits for those in hand, so if these are more than the loop can read
-    in half a budget, that half is gone: where reading takes long, as of JSON and pictures, all would be just late. Where
-    the device takes longer than the loop there is room for more: the policy chooses among them.
+    The loop answers no more than it reads. Who begins waits for those in hand, so if these are more than the loop reads in
+    half its budget, that half is gone: where reading takes long, as of JSON and pictures, all would be just late.
     """
 
     def __init__(self) -> None:
@@ -138,9 +133,9 @@ class Room:
         self._begun = self._begun * _REMEMBERED + begun
         self._took_s = self._took_s * _REMEMBERED + took_s
 
-    def most(self, budget_s: float) -> float:
-        """With this budget, or without one. All, while nothing is known."""
-        if not self._took_s or budget_s == math.inf:
+    def most(self, budget_s: float | None) -> float:
+        """With this budget. All without one, and while nothing is known."""
+        if not self._took_s or budget_s is None:
             return math.inf
         return max(_LEAST_IN_HAND, _IN_HAND_SHARE * budget_s * self._begun / self._took_s)
 
@@ -198,20 +193,23 @@ def late(arrived_s: float) -> DeadlineExpired:
 class Gate:
     """Lets requests begin, few at a time. Used on one event loop.
 
-    `pace` is to be told of answers; `in_hand` says how many requests have begun, have a budget and have no answer yet.
+    `pace` is to be told of answers; `in_hand` says when the budgets end, on the monotonic clock, of the requests that have
+    begun here and have no answer yet, if they have a budget.
     """
 
-    def __init__(self, in_hand: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, in_hand: Callable[[], Sequence[float]] = tuple) -> None:
         self.pace = Pace()
         self._in_hand = in_hand
         self._room = Room()
         self._line = Line[Unread](self.pace, lambda request: (request.arrived_s, request.budget_s()))
+        self._next: Unread | None = None  # was next in the line, and waits for room
         self._begun = 0  # in this turn of the loop
         self._turn_s: float | None = None  # when it began, if there were requests to be read then
+        self._scheduled = False  # the next turn is
 
     def waiting(self) -> int:
         """How many wait; those that begin at once never do."""
-        return len(self._line)
+        return len(self._line) + (self._next is not None)
 
     def came_s(self, now_s: float) -> float:
         """When a request that the loop reads now is taken to have come. In a crowd the loop has been busy since its turn
@@ -220,38 +218,64 @@ class Gate:
 
     def enter(self, request: Unread) -> None:
         """A request begins now, or when it is its turn."""
-        if self._begun == AT_ONCE or self._line:
+        if self._begun == AT_ONCE or self.waiting():
             self._line.append(request)
             return
-        if not self._begun:
-            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._schedule()
         self._begun += 1
         request.begin()
 
-    def _next_turn(self) -> None:
+    def _schedule(self, after_s: float = 0) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            loop = asyncio.get_running_loop()
+            if after_s:
+                loop.call_later(after_s, self._turn)
+            else:
+                loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
         """The loop has been through all that was there when the latest began."""
+        self._scheduled = False
         now_s = time.monotonic()
-        if self._turn_s is not None and self._begun:  # else it may have waited for room
+        if self._turn_s is not None and self._begun:
             self._room.turned(self._begun, now_s - self._turn_s)
         self._begun = 0
-        if not self._line:
+        if not self.waiting():
             self._turn_s = None
             return
         self._turn_s = now_s
-        room = self._room.most(self.pace.tightest_s) - self._in_hand()
+        try:
+            self._begin_some(now_s)
+        finally:
+            if self._begun or self._next is None:
+                self._schedule()
+            else:
+                self._turn_s = None  # the loop has time to see who comes
+                self._schedule(BLOCKED_S)
+
+    def _begin_some(self, now_s: float) -> None:
+        in_hand: list[float] | None = None
         for _ in range(AT_ONCE):
-            if not self._line or self._begun >= room:
-                break
-            request, would_be_late = self._line.next(now_s)
+            if self._next is not None:
+                request, self._next = self._next, None
+                is_late = self.pace.outlook(request.arrived_s, request.budget_s(), now_s) == "late"
+            elif self._line:
+                request, is_late = self._line.next(now_s)
+            else:
+                return
             if request.gone:
                 request.forget()
-            elif would_be_late:
+                continue
+            if is_late:
                 request.refuse()
-            else:
-                self._begun += 1
-                request.begin()
-        loop = asyncio.get_running_loop()
-        if room > 0:
-            loop.call_soon(self._next_turn)
-        else:
-            loop.call_later(BLOCKED_S, self._next_turn)
+                continue
+            budget_s = request.budget_s()
+            if budget_s is not None and (most := self._room.most(budget_s)) < math.inf:
+                if in_hand is None:
+                    in_hand = sorted(self._in_hand())
+                if bisect_right(in_hand, request.arrived_s + budget_s) + self._begun >= most:
+                    self._next = request
+                    return
+            self._begun += 1
+            request.begin()

@@ -26,6 +26,14 @@ _QUICK_ROWS, _QUICK_VALUES, _QUICK_TEXT = 4, 4096, 8192
 images, so many pixels in all, and so many characters of base64 each."""
 
 
+_INFLATED = (b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG that can become a thousand times as long (ISO/IEC 15948, 11.3)."""
+
+
+class _TakesLong(Exception):
+    """An image might take longer than is known before."""
+
+
 class _TooManyPixels(Exception):
     """More than the images of a request may have."""
 
@@ -43,6 +51,7 @@ class Decoder:
         self._datatype, self._dtype = manifest.input.datatype, np.dtype(manifest.input.code)
         self._shape = manifest.input.shape[1:]
         self._max_pixels = self._pixels_left = max_image_pixels
+        self._quick = False
 
     def decode(self, inputs: Sequence[Any]) -> Rows:
         """All `inputs` as `(rows, *input_shape)`."""
@@ -59,12 +68,12 @@ class Decoder:
         if any(isinstance(text, str) and len(text) > _QUICK_TEXT for text in images):
             return None
         try:
-            return self._decode(inputs, min(_QUICK_VALUES, self._max_pixels))
-        except _TooManyPixels:
+            return self._decode(inputs, min(_QUICK_VALUES, self._max_pixels), quick=True)
+        except (_TakesLong, _TooManyPixels):
             return None
 
-    def _decode(self, inputs: Sequence[Any], max_pixels: int) -> Rows:
-        self._pixels_left = max_pixels
+    def _decode(self, inputs: Sequence[Any], max_pixels: int, *, quick: bool = False) -> Rows:
+        self._pixels_left, self._quick = max_pixels, quick
         rows = np.stack([self._row(row, f"inputs[{index}]") for index, row in enumerate(inputs)])
         check_rows(rows, "inputs", self._manifest)
         return rows
@@ -117,6 +126,8 @@ class Decoder:
     def _from_image(self, data: bytes, where: str, wanted: ImageInput) -> Rows:
         """As `family.pixels.pixels_of`. The size in the header is checked before any pixel is decoded."""
         too_many = f"{where}: expected at most {self._max_pixels} pixels in all images of a request (max_image_pixels)"
+        if self._quick and any(chunk in data for chunk in _INFLATED):
+            raise _TakesLong
         try:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 self._pixels_left -= image.width * image.height

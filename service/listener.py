@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import httptools
 import uvicorn
@@ -370,10 +370,11 @@ class BoundedConnection(HttpToolsProtocol):
 class _Unread:
     """A request of a connection, for the gate."""
 
-    __slots__ = ("_app", "_connection", "_cycle")
+    __slots__ = ("_app", "_budget_s", "_connection", "_cycle")
 
     def __init__(self, connection: BoundedConnection, cycle: RequestResponseCycle, app: Any) -> None:
         self._connection, self._cycle, self._app = connection, cycle, app
+        self._budget_s: float | Literal["unseen"] | None = "unseen"
 
     @property
     def gone(self) -> bool:
@@ -391,8 +392,10 @@ class _Unread:
         scope = self._cycle.scope
         if self._cycle.more_body:
             return None
-        budget_ms = glimpsed_budget_ms(scope["path"], scope["query_string"], scope["headers"], self._cycle.body)
-        return None if budget_ms is None else budget_ms / 1000
+        if self._budget_s == "unseen":
+            budget_ms = glimpsed_budget_ms(scope["path"], scope["query_string"], scope["headers"], self._cycle.body)
+            self._budget_s = None if budget_ms is None else budget_ms / 1000
+        return self._budget_s
 
     def begin(self) -> None:
         """See `Unread`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import gzip
 import io
 import json
@@ -302,3 +303,9 @@ def test_of_a_million_unknown_members_one_is_enough() -> None:
     with pytest.raises(ValidationError) as caught:
         UnloadRequest.model_validate({"parameters": {str(number): 1 for number in range(100_000)}})
     assert caught.value.error_count() <= 2
+
+
+def test_a_byte_order_mark_is_passed_over(client: Client) -> None:
+    body = codecs.BOM_UTF8 + json.dumps({"inputs": [GOOD]}).encode()
+    headers = {"content-type": "application/json"}
+    assert client.request("POST", "/v1/models/digits/predict", content=body, headers=headers).status_code == 200

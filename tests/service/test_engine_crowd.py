@@ -13,6 +13,7 @@ import pytest
 from service.answers import Answer
 from service.errors import DeadlineExpired
 from service.policy.wish import Wish
+from tests.fakes import rows
 from tests.service.bench import bench, run
 
 
@@ -44,21 +45,24 @@ def test_in_hand_are_requests_with_a_budget_that_runs_and_no_answer_yet() -> Non
                 b.engine.unread = lambda: 1  # nothing goes deeper
                 asked.append(b.ask(0.65, 0.65, exit_at=0.945, asked_as="confidence", budget_s=1.0))
                 b.ask(0.1, path=(4,))  # has no budget
+                tasks.append(asyncio.create_task(b.engine.submit(*by_grpc, b.clock(), on_loop=False)))
                 b.ask(0.1, path=(4,), budget_s=0.0001).add_done_callback(lambda each: each.exception())
                 await asyncio.sleep(0)
-                assert b.engine.in_hand() == 2
+                assert sorted(b.engine.in_hand()) == pytest.approx([b.clock() + 0.0001, b.clock() + 1.0])
                 b.clock.now_s += 0.001  # of one it has run out
-                assert b.engine.in_hand() == 1
+                assert b.engine.in_hand() == pytest.approx([b.clock() + 0.999])
 
             asked: list[asyncio.Task[Answer]] = []
-            assert b.engine.in_hand() == 0
+            tasks: list[asyncio.Task[Answer]] = []
+            by_grpc = b.model, rows(0.1), Wish(deadline_s=b.clock() + 1.0, path=(4,))
+            assert b.engine.in_hand() == []
             await b.held(ask)
             async with asyncio.timeout(30):
                 while b.engine.in_hand():  # until it has an answer
                     await asyncio.sleep(0.001)
             assert not asked[0].done()  # and waits for a better one
             b.engine.unread = lambda: 0
-            await asked[0]
+            await asyncio.gather(asked[0], *tasks)
 
     run(test)
 
