@@ -26,10 +26,17 @@ def test_policies_get_the_same_requests_in_turn_and_what_was_measured_is_kept(tr
     """Bug found: one that was stopped after ten minutes had nothing of them."""
     file = tmp_path / "bench.csv"
     command = [*COMMAND, str(trained.models), *FEW, "--seeds", "1000", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, as do theirs
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
         wait_for(lambda: len(read(file)) >= 4 or process.poll() is not None, patience_s=180)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     rows = read(file)
     assert f"stopped after {len(rows)} of 2000 replays" in output
