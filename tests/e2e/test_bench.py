@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.conftest import Trained, wait_for
 
 COMMAND = [sys.executable, "-m", "hbll", "bench"]
-FEW = ["--policies", "ladder-edf,static(4)", "--cells", "1", "--capacity", "500", "--requests", "100", "--tries", "1"]
+FEW = ["--policies", "ladder-edf,aimd(4)", "--cells", "1", "--capacity", "500", "--requests", "100", "--tries", "1"]
 
 
 def read(file: Path) -> list[dict[str, str]]:
@@ -41,10 +41,10 @@ def test_policies_get_the_same_requests_in_turn_and_what_was_measured_is_kept(tr
     rows = read(file)
     assert f"stopped after {len(rows)} of 2000 replays" in output
     assert f"{sum(int(row['requests']) for row in rows):,} requests, " in output
-    policies = ["ladder-edf", "static(4)", "static(4)", "ladder-edf"]
+    policies = ["ladder-edf", "aimd(4)", "aimd(4)", "ladder-edf"]
     assert [(row["policy"], row["seed"]) for row in rows[:4]] == list(zip(policies, "0011", strict=True))
     assert rows[0]["requests"] == rows[1]["requests"]
     assert all(1 >= float(row["attainment"]) >= float(row["goodput"]) > 0 for row in rows[:4])
-    assert {float(row["depth"]) for row in rows[:4] if row["policy"] == "static(4)"} == {1.0}
+    assert {float(row["depth"]) for row in rows[:4] if row["policy"] == "aimd(4)"} == {1.0}
     about = json.loads((tmp_path / "bench.json").read_text())
-    assert (about["capacity"], set(about["gc_pauses"])) == (500, {"ladder-edf", "static(4)"})
+    assert (about["capacity"], set(about["gc_pauses"])) == (500, {"ladder-edf", "aimd(4)"})
