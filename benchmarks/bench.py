@@ -170,7 +170,7 @@ def _gc_pause_s(server: Server) -> str:
 
 
 def _write(out: Path, measured: Sequence[Measured], about: dict[str, object]) -> None:
-    """What is there so far: after each replay, as hours of them are not to be lost."""
+    """What is there so far: after each replay, as a bench that is stopped should not lose those before."""
     out.mkdir(parents=True, exist_ok=True)
     header = ["cell", "policy", "seed", "requests", "void", "goodput", "attainment", "depth", "p50_ms", "p95_ms", "p99_ms"]
     rows = []

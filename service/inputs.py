@@ -25,7 +25,6 @@ _QUICK_ROWS, _QUICK_VALUES, _QUICK_TEXT = 4, 4096, 8192
 """What is decoded in about the time that the rest of its request takes: so many rows, of so many values each; and, of
 images, so many pixels in all, and so many characters of base64 each."""
 
-
 _INFLATED = (b"zTXt", b"iTXt", b"iCCP")
 """Chunks of a PNG that can become a thousand times as long (ISO/IEC 15948, 11.3)."""
 

@@ -30,7 +30,7 @@ from service.streaming import EventStream, MostConfident, answer_events
 from service.versions import for_models, model_urls, served_model
 from service.wishes import HEADER_PARAMETERS, QUERY_PARAMETERS, refuse_query, with_headers
 
-router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS))  # the latter come to `service.raw` first
+router = APIRouter(redirect_slashes=False, route_class=reading(JSON, OCTETS))  # direct routes take both first
 stream_router = APIRouter(redirect_slashes=False, route_class=reading(JSON))
 
 
@@ -76,11 +76,12 @@ async def predict(body: PredictRequest, request: Request, ctx: Ctx) -> Response:
 
 
 async def predict_json(request: Request) -> Response:
-    """The same, for a request that FastAPI has not read."""
+    """As `predict`, for a body that FastAPI has not read."""
     return await predict(parse(PredictRequest, await request.body()), request, context_of(request))
 
 
 direct_routes = [DirectRoute(f"{url}/predict", predict_json, JSON) for url in model_urls("/v1")]
+"""At the URLs of raw bodies."""
 
 
 async def answer_call(request: Request, call: Call, x: Rows, *, probabilities: bool) -> Response:
