@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import pickle
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -202,8 +203,77 @@ class _SideBySide(nn.Module):
 
 
 def _export(modules: dict[str, tuple[nn.Module, Tensor]]) -> dict[str, Part]:
-    """Each of these modules, named and with an example of its input. They are exported side by side: most of what the
-    exporter takes, it takes once."""
+    """Each of these modules, named and with an example of its input. Of those that differ in their weights alone, as blocks
+    mostly do, one is translated: that takes a second or two, and rises with their number. They are translated side by side:
+    most of what the exporter takes, it takes once."""
+    alike: dict[object, list[str]] = {}
+    for name, (module, example) in modules.items():
+        alike.setdefault((fingerprint(module) or name, example.shape), []).append(name)
+    graph = _translate_all({names[0]: modules[names[0]] for names in alike.values()})
+    parts: dict[str, Part] = {}
+    for place, (first, *others) in enumerate(alike.values()):
+        parts[first] = _cut(graph, place, first)
+        if others and _shows_weights(parts[first], f"{first}/parts.{place}.", modules[first][0]):
+            for name in others:
+                weights = {f"{name}/parts.{place}.{own}": each.detach().numpy() for own, each in _own(modules[name][0])}
+                part = _cut(graph, place, name)
+                parts[name] = replace(part, initializers=part.initializers | weights)
+    if left := {name: module for name, module in modules.items() if name not in parts}:
+        graph = _translate_all(left)
+        parts |= {name: _cut(graph, place, name) for place, name in enumerate(left)}
+    return parts
+
+
+def fingerprint(module: nn.Module) -> bytes | None:
+    """Equal for modules that differ in the values of their parameters and buffers alone; none if that cannot be told, as
+    they hold what Python cannot pickle."""
+    file = io.BytesIO()
+    try:
+        _Anonymous(file, module).dump(module)
+    except Exception:  # noqa: BLE001 (whatever a module's own pickling raises)
+        return None
+    return file.getvalue()
+
+
+class _Anonymous(pickle.Pickler):
+    """Pickles a module without the values of its tensors: nothing is ever unpickled. `others`: tensors that are no
+    parameters or buffers of it; each is equal to itself alone."""
+
+    def __init__(self, file: io.BytesIO, module: nn.Module) -> None:
+        super().__init__(file)
+        self.others: list[Tensor] = []
+        self._names = {id(tensor): name for name, tensor in _own(module)}
+
+    def persistent_id(self, obj: object) -> object:
+        """See pickle."""
+        if not isinstance(obj, Tensor):
+            return None
+        if id(obj) not in self._names:
+            self.others.append(obj)
+        return self._names.get(id(obj), id(obj)), tuple(obj.shape), str(obj.dtype)
+
+
+def _shows_weights(part: Part, prefix: str, module: nn.Module) -> bool:
+    """Whether all of the module's own tensors are in what was translated from it, under their names, and no constant that
+    the exporter may have computed from some: then others can be put in their place."""
+    own = {prefix + name for name, _ in _own(module)}
+    pickler = _Anonymous(io.BytesIO(), module)
+    pickler.dump(module)
+    constants = [tensor for name, tensor in part.initializers.items() if name not in own]
+    known = [tensor.detach().numpy() for tensor in pickler.others]
+    return own <= part.initializers.keys() and all(
+        tensor.size == 1 or np.issubdtype(tensor.dtype, np.integer) or any(np.array_equal(tensor, each) for each in known)
+        for tensor in constants
+    )
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Its parameters and buffers by all of their names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _translate_all(modules: dict[str, tuple[nn.Module, Tensor]]) -> GraphProto:
     try:
         graph = _translate(modules)
     except Exception as together:  # whatever torch or a module's own code raises while it is traced
@@ -216,7 +286,7 @@ def _export(modules: dict[str, tuple[nn.Module, Tensor]]) -> dict[str, Part]:
     for node in graph.node:  # source locations of this machine, ten times the size of what they describe
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
-    return {name: _cut(graph, place, name) for place, name in enumerate(modules)}
+    return graph
 
 
 def _translate(modules: dict[str, tuple[nn.Module, Tensor]]) -> GraphProto:

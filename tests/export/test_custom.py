@@ -8,8 +8,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import GraphProto
 from torch import Tensor, nn
 
+import export.graph
 from export.bundle import export_bundle
 from family.manifest import BundleError
 from training.checkpoint import Origin, Progress
@@ -105,3 +107,51 @@ def test_a_module_that_torch_cannot_export_is_named(pixels: Dataset, tmp_path: P
     with pytest.raises(BundleError, match="block1: torch cannot export this module to ONNX"):
         export_bundle(config, family, Progress(), Origin.here(), pixels, tmp_path / "1")
     assert not (tmp_path / "1").exists()
+
+
+class Scaled(nn.Module):
+    """Weights in plain sight, a constant that is none of them, and one that the exporter may compute from them."""
+
+    def __init__(self, scale: float, *, fold: bool = False) -> None:
+        super().__init__()
+        self.scale, self.fold = scale, fold
+        self.weight = nn.Parameter(torch.randn(16, 16) / 4)
+        self.register_buffer("shift", torch.randn(16))
+
+    def forward(self, state: Tensor) -> Tensor:
+        weight = self.weight.T * 2 + self.weight if self.fold else self.weight
+        return state + self.scale * torch.tanh(state @ weight + self.shift)
+
+
+@pytest.mark.parametrize(
+    ("scales", "fold", "expected"),
+    [
+        ([0.5, 0.5, 0.5], False, {1: ["embed", "block1", "head"]}),
+        ([0.5, 2.0, 0.5], False, {1: ["embed", "block1", "block2", "head"]}),
+        ([0.5, 0.5, 0.5], True, {1: ["embed", "block1", "head"], 2: ["block2", "block3"]}),
+    ],
+    ids=["alike", "another constant", "weights computed with"],
+)
+def test_blocks_that_differ_in_weights_alone_are_translated_once(
+    scales: list[float],
+    fold: bool,
+    expected: dict[int, list[str]],
+    pixels: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    embed = nn.Sequential(Standardise(pixels.spec), nn.Flatten(), nn.Linear(8 * 8 * 3, 16))
+    family = Family(embed, [Scaled(scale, fold=fold) for scale in scales], nn.Linear(16, 3))
+    translated: dict[int, list[str]] = {}
+    translate = export.graph._translate
+
+    def counted(modules: dict[str, tuple[nn.Module, Tensor]]) -> GraphProto:
+        translated[len(translated) + 1] = list(modules)
+        return translate(modules)
+
+    monkeypatch.setattr(export.graph, "_translate", counted)
+    config = RunConfig(model=CustomConfig(hierarchy_depth=2), data=pixels.source)
+    exported = export_bundle(config, family, Progress(), Origin.here(), pixels, tmp_path / "1")
+    assert all(max(d.gated, d.continued, d.torch or 0) < 1e-5 for d in exported.differences)
+    assert translated == expected
