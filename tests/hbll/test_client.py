@@ -437,12 +437,17 @@ def test_a_stream_that_outlives_its_client_can_still_be_closed() -> None:
     stream.close()
 
 
+_WAITS_S = 0.1
+"""After which the main thread waits. Python sees a signal that comes just before that only at the end of the wait."""
+
+
 def test_an_interrupt_ends_the_call_and_its_request() -> None:
     given_up = []
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     async def interrupts() -> httpx.Response:
         try:
+            await anyio.sleep(_WAITS_S)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             await anyio.sleep_forever()
         finally:
@@ -465,6 +470,7 @@ def test_an_interrupt_ends_a_stream_and_its_request() -> None:
     class Interrupted(httpx.AsyncByteStream):
         async def __aiter__(self) -> AsyncIterator[bytes]:
             yield sse(("answer", RUNG)).content
+            await anyio.sleep(_WAITS_S)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             await anyio.sleep_forever()
 
