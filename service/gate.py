@@ -21,7 +21,7 @@ from service.answers import Answer
 from service.errors import DeadlineExpired
 
 AT_ONCE = 8
-"""How many begin before the loop turns to what else there is: measured from 2 to 128 (docs/scheduling.md)."""
+"""How many begin before the loop turns to what else there is: measured from 2 to 128."""
 
 _LOOKED_AT = 16
 """How many that wait are looked at to find one who is sure to be in time. In a burst all become doubtful at once, and to
