@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import click
 import yaml
 
 from service.app import create_app
@@ -18,5 +18,12 @@ def contract() -> str:
     return yaml.safe_dump(app.openapi(), sort_keys=False, allow_unicode=True, width=110)
 
 
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def main(file: Path) -> None:
+    """Write the contract to FILE, as YAML."""
+    file.write_text(contract(), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(contract(), encoding="utf-8")
+    main()

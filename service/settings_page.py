@@ -4,8 +4,9 @@ settings' own descriptions."""
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
+
+import click
 
 from service.flags import FLAGS, default_of, flag_of
 from service.settings import Settings
@@ -28,6 +29,12 @@ def with_table(page: str) -> str:
     return re.sub(f"(?<={re.escape(_BEGIN)}).*?(?={re.escape(_END)})", lambda _: settings_table(), page, flags=re.DOTALL)
 
 
-if __name__ == "__main__":
-    file = Path(sys.argv[1])
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def main(file: Path) -> None:
+    """Put the table of all settings into the page FILE."""
     file.write_text(with_table(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

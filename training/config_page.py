@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import click
 from pydantic.fields import FieldInfo
 
 from training.config import RunConfig, TrainConfig, kinds_of
@@ -85,6 +85,12 @@ def _default(field: FieldInfo) -> str:
     return "" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
-if __name__ == "__main__":
-    file = Path(sys.argv[1])
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def main(file: Path) -> None:
+    """Put the tables of all keys into the page FILE."""
     file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

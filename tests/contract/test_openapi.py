@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from pydantic import BaseModel
 
 from service import schemas
 from service.description import EXAMPLES
 from service.oip import schemas as oip_schemas
-from service.openapi import contract
+from service.openapi import contract, main
 from tests.contract.conftest import Client
 
 FILE = Path(__file__).parents[2] / "openapi.yaml"
@@ -19,6 +20,15 @@ FILE = Path(__file__).parents[2] / "openapi.yaml"
 def test_the_file_is_what_the_app_serves(client: Client) -> None:
     assert FILE.read_text(encoding="utf-8") == contract(), "run `make openapi` and look at the difference"
     assert yaml.safe_load(FILE.read_text(encoding="utf-8")) == client.get("/openapi.json").json()
+
+
+def test_the_command_writes_the_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug found: `--help` wrote a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    helped = CliRunner().invoke(main, ["--help"])
+    assert (helped.exit_code, list(tmp_path.iterdir())) == (0, [])
+    assert CliRunner().invoke(main, ["contract.yaml"]).exit_code == 0
+    assert (tmp_path / "contract.yaml").read_text() == contract()
 
 
 def test_every_error_has_the_one_shape() -> None:

@@ -1,8 +1,7 @@
-"""Writes the stubs of `open_inference.proto`: `python -m service.oip.rpc.generate [FOLDER]`. Needs the extra `dev`."""
+"""Writes the stubs of `open_inference.proto`: `python -m service.oip.rpc.generate`. Needs the extra `dev`."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 STUBS = Path(__file__).with_name("stubs")
@@ -33,4 +32,4 @@ def generate(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else STUBS)
+    generate(STUBS)
